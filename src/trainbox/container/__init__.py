@@ -1,0 +1,1 @@
+"""Inside the box: loads, trains, saves."""
