@@ -1,0 +1,71 @@
+# The menu: one line per verb, no logic. Values travel by environment, so quotes, spaces and $ survive.
+VALUES := RECIPE PROFILE MODEL DATA OUTPUT SET ENGINE GPUS DRY CHECKPOINT PROMPT FORCE SECTION
+$(foreach v,$(VALUES),$(eval override export $v := $$(value $v)))
+
+VENV := .venv
+INVOKE := $(VENV)/bin/python -m invoke
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train resume infer merge verify build test lint types unit lock engine explain schema bench clean
+
+help: ## print this menu
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+train: setup ## train a recipe: make train [RECIPE=llm-qlora PROFILE=tiny MODEL=.. DATA=.. OUTPUT=output SET="lora.r=8" ENGINE=auto|docker|local GPUS=auto|none|all DRY=1]
+	@$(INVOKE) train --recipe "$$RECIPE" --profile "$$PROFILE" --model "$$MODEL" --data "$$DATA" --output "$$OUTPUT" --set "$$SET" --engine "$$ENGINE" --gpus "$$GPUS" --dry "$$DRY"
+
+resume: setup ## go on from the newest checkpoint: make resume [OUTPUT=output] [CHECKPOINT=output/checkpoint-500] [FORCE=1]
+	@$(INVOKE) resume --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --force "$$FORCE" --engine "$$ENGINE"
+
+infer: setup ## ask a trained model: make infer CHECKPOINT=output/final [PROMPT="..."]
+	@$(INVOKE) infer --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --engine "$$ENGINE"
+
+merge: setup ## write adapter + base as one model: make merge CHECKPOINT=output/final [OUTPUT=merged]
+	@$(INVOKE) merge --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --engine "$$ENGINE"
+
+verify: setup ## recheck a run's files against its record: make verify [OUTPUT=output]
+	@$(INVOKE) verify --output "$$OUTPUT"
+
+explain: setup ## every field of a recipe, with type, default and meaning: make explain [SECTION=lora]
+	@$(INVOKE) explain --section "$$SECTION"
+
+schema: setup ## write the recipe's JSON Schema for editors
+	@$(INVOKE) schema
+
+build: setup ## build the images: make build [RECIPE=..] (all of them without)
+	@$(INVOKE) build --recipe "$$RECIPE" --engine "$$ENGINE"
+
+engine: setup ## as root on Debian or Ubuntu: install and start a container engine
+	@$(INVOKE) engine
+
+lock: setup ## refresh every lock and print what changed
+	@$(INVOKE) lock
+
+test: setup ## lint, types and every test, those in containers included
+	@$(INVOKE) test
+
+lint: setup ## ruff and mypy
+	@$(INVOKE) lint
+
+bench: setup ## measure the figures that the README quotes
+	@$(INVOKE) bench
+
+clean: ## remove .venv and the tools' caches (outputs, images and downloads stay)
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+setup: $(VENV)/.ready
+
+# The .pth line is relative to site-packages, so the tree may be moved or renamed.
+$(VENV)/.ready: requirements.lock
+	@python=$$(for p in python3 python3.13 python3.14 python3.12 python3.11; do \
+	    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done); \
+	[ -n "$$python" ] || { echo "error: no Python >= 3.11 found"; echo "  install one, on Debian: apt-get install python3 python3-venv"; exit 2; } >&2; \
+	$$python -c 'import venv, ensurepip' 2>/dev/null || { \
+	    [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing Debian's python3-venv" && \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y python3-venv; } >/dev/null; } || \
+	    { echo "error: $$python cannot make virtual environments"; echo "  run: sudo apt-get install python3-venv"; exit 2; } >&2; \
+	echo "making $(VENV) from requirements.lock (once, about half a minute)" && \
+	$$python -m venv --clear $(VENV) && \
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock && \
+	echo ../../../../src > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trainbox.pth" && \
+	touch $@
