@@ -1,0 +1,58 @@
+"""What the box tells while it runs: one JSON object a line to the harness, a plain line to a person."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+MARK = "\x1e"
+"""Starts a line that is an event (ASCII record separator); every other line is a library's own output."""
+
+Event = dict[str, Any]
+
+
+def encode(event: Event) -> str:
+    """One line for the harness."""
+    return MARK + json.dumps(event, ensure_ascii=False)
+
+
+def decode(line: str) -> Event | None:
+    """The event of a line, or None where the line is something else."""
+    if not line.startswith(MARK):
+        return None
+    try:
+        event = json.loads(line[1:])
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def to_text(event: Event) -> str:
+    """A plain line for a person; empty for events that only move a bar."""
+    kind = event.get("event")
+    if kind == "metrics":
+        return f"step {event['step']}/{event['total']}  {metrics_text(event['metrics'])}"
+    if kind == "progress":
+        done, total = event["done"], event.get("total")
+        return f"{event['title']}: {done:,}{f'/{total:,}' if total else ''} {event.get('unit', '')}".rstrip()
+    if kind == "sample":
+        before = f"\n  before: {_one_line(event['before'])}" if event.get("before") is not None else ""
+        return f"prompt: {event['prompt']}{before}\n  after:  {_one_line(event['after'])}"
+    if kind == "error":
+        place = f"{event['place']}: " if event.get("place") else ""
+        return f"error: {place}{event['fault']}" + "".join(f"\n  {x}" for x in event.get("remedy", "").splitlines())
+    return str(event.get("text", ""))
+
+
+def metrics_text(metrics: dict[str, Any]) -> str:
+    """`loss 1.234  eval_loss 1.1`: the figures worth a look."""
+    shown = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second")
+    return "  ".join(f"{key} {_figure(metrics[key])}" for key in shown if key in metrics)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+
+def _one_line(text: str) -> str:
+    return " / ".join(line.strip() for line in text.strip().splitlines() if line.strip())

@@ -1,0 +1,205 @@
+"""Shapes of a language-model row, and one shape to bring them to.
+
+A row becomes `{"messages": [...], "tools": [...]}` or `{"text": ...}`; every fault is told with its place.
+Formats: alpaca, prompt-completion, chat (OpenAI), sharegpt, text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from typing import Any
+
+from trainbox.errors import DataError
+from trainbox.spec.load import nearest
+from trainbox.spec.recipe import Data
+from trainbox.spec.rows import Row
+
+Message = dict[str, Any]
+Example = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+def find_format(columns: Collection[str], data: Data, place: str) -> str:
+    """The format that the first row's columns belong to, or the one the recipe names, if its columns are there."""
+    renamed = {ours for ours, theirs in data.columns.items() if theirs in columns}
+    present = {*columns, *renamed}
+    names = [data.format] if data.format != "auto" else list(COLUMNS)
+    for name in names:
+        if set(COLUMNS[name]) <= present:
+            return name
+    if data.format != "auto":
+        missing = [column for column in COLUMNS[data.format] if column not in present]
+        hint = nearest(missing[0], columns)
+        renaming = f'name yours: SET="data.columns={{{missing[0]}: YOUR_COLUMN}}"'
+        raise DataError(
+            f"has no column {missing[0]!r}, which format {data.format} needs", place=place, remedy=f"{hint}\n{renaming}"
+        )
+    known = "\n".join(f"{name}: {', '.join(columns)}" for name, columns in COLUMNS.items())
+    raise DataError(
+        f"columns {', '.join(map(repr, columns))} fit no known format",
+        place=place,
+        remedy=f'one of these is needed:\n{known}\nor name yours: SET="data.columns={{instruction: question, output: answer}}"',
+    )
+
+
+def to_example(row: Row, format: str, columns: dict[str, str], place: str) -> Example:
+    """A row in the one shape. Raises DataError for what cannot be learned from: no answer, an unknown role."""
+    for ours, theirs in columns.items():
+        if theirs in row:
+            row = {**row, ours: row[theirs]}
+    return CONVERTERS[format](row, place)
+
+
+def _alpaca(row: Row, place: str) -> Example:
+    question = _text(row, "instruction", place)
+    if row.get("input"):
+        question = f"{question}\n\n{_text(row, 'input', place)}"
+    messages = [{"role": "system", "content": _text(row, "system", place)}] if row.get("system") else []
+    for turn in _parsed(row.get("history")) or []:
+        if not (isinstance(turn, list) and len(turn) == 2):
+            raise DataError("history must be a list of [question, answer]", place=place)
+        messages += [{"role": "user", "content": str(turn[0])}, {"role": "assistant", "content": str(turn[1])}]
+    messages.append({"role": "user", "content": question})
+    return {"messages": [*messages, {"role": "assistant", "content": _answer(row, "output", place)}]}
+
+
+def _prompt_completion(row: Row, place: str) -> Example:
+    prompt, completion = _parsed(row.get("prompt")), _parsed(row.get("completion"))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _chat({**row, "messages": [*prompt, *completion]}, place)
+    answer = {"role": "assistant", "content": _answer(row, "completion", place)}
+    return {"messages": [{"role": "user", "content": _text(row, "prompt", place)}, answer]}
+
+
+def _chat(row: Row, place: str) -> Example:
+    raw = _parsed(row.get("messages"))
+    if not isinstance(raw, list) or not raw:
+        raise DataError("messages must be a list of {role, content}", place=place)
+    messages = [_message(message, index, place) for index, message in enumerate(raw)]
+    return _with_tools(_checked(messages, place), row, place)
+
+
+def _message(message: Any, index: int, place: str) -> Message:
+    at = f"{place}: messages[{index}]"
+    if not isinstance(message, dict):
+        raise DataError("is not {role, content}", place=at)
+    role = message.get("role")
+    if role not in ROLES:
+        hint = nearest(str(role), ROLES)
+        raise DataError(f"role {role!r} is not known", place=at, remedy=f"{hint}\nroles: {', '.join(ROLES)}".strip())
+    kept = {key: value for key, value in message.items() if value is not None}
+    if not kept.get("tool_calls"):
+        kept.pop("tool_calls", None)
+    if not isinstance(kept.get("content", ""), str | list):
+        raise DataError(f"content must be text, not {type(kept['content']).__name__}", place=at)
+    return {"content": "", **kept}
+
+
+def _sharegpt(row: Row, place: str) -> Example:
+    turns = _parsed(row.get("conversations"))
+    if not isinstance(turns, list) or not turns:
+        raise DataError("conversations must be a list of {from, value}", place=place)
+    messages: list[Message] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": _text(row, "system", place)})
+    for index, turn in enumerate(turns):
+        messages.append(_sharegpt_turn(turn, f"{place}: conversations[{index}]"))
+    return _with_tools(_checked(messages, place), row, place)
+
+
+def _sharegpt_turn(turn: Any, place: str) -> Message:
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    role = SHAREGPT_ROLES.get(str(speaker))
+    if role is None:
+        hint = nearest(str(speaker), SHAREGPT_ROLES)
+        known = f"roles: {', '.join(SHAREGPT_ROLES)}"
+        raise DataError(f"from {speaker!r} is not known", place=place, remedy=f"{hint}\n{known}".strip())
+    value = _text(turn, "value", place, empty=True)
+    if speaker != "function_call":
+        return {"role": role, "content": value}
+    call = _parsed(value)
+    if not isinstance(call, dict) or "name" not in call:
+        raise DataError('a function_call must be JSON: {"name": ..., "arguments": ...}', place=place)
+    return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call}]}
+
+
+def _plain_text(row: Row, place: str) -> Example:
+    return {"text": _text(row, "text", place)}
+
+
+def _checked(messages: list[Message], place: str) -> Example:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise DataError("no message has role assistant, so there is nothing to learn", place=place)
+    if any(not message["content"] and not message.get("tool_calls") for message in answers):
+        raise DataError("an assistant message is empty", place=place, remedy="remove the row or give it an answer")
+    return {"messages": messages}
+
+
+def _with_tools(example: Example, row: Row, place: str) -> Example:
+    tools = _parsed(row.get("tools"))
+    if not tools:
+        return example
+    if not isinstance(tools, list):
+        raise DataError("tools must be a list of JSON schemas", place=place)
+    return {**example, "tools": tools}
+
+
+def _text(row: Row, column: str, place: str, *, empty: bool = False) -> str:
+    value = row.get(column)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        fault = "is absent" if column not in row else f"must be text, not {type(value).__name__}"
+        raise DataError(f"column {column!r} {fault}", place=place)
+    if not value.strip() and not empty:
+        raise DataError(f"column {column!r} is empty", place=place, remedy="fill it or remove the row")
+    return value
+
+
+def _answer(row: Row, column: str, place: str) -> str:
+    value = _text(row, column, place, empty=True)
+    if not value.strip():
+        fault = f"the answer (column {column!r}) is empty"
+        raise DataError(fault, place=place, remedy="remove the row or give it an answer")
+    return value
+
+
+def _parsed(value: Any) -> Any:
+    """Lists and objects often travel as JSON text inside a CSV or Parquet column."""
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The columns that a format must have; the first format whose columns are all there is it."""
+
+CONVERTERS: dict[str, Callable[[Row, str], Example]] = {
+    "chat": _chat,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "prompt-completion": _prompt_completion,
+    "text": _plain_text,
+}

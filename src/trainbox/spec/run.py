@@ -1,0 +1,123 @@
+"""The two files that cross the wall: spec.json in, result.json out. People write YAML, machines write JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+
+from trainbox.errors import ConfigError
+from trainbox.spec.recipe import RECIPES, Recipe, Section
+
+
+class ModelSource(Section):
+    """The base model, pinned."""
+
+    name: str
+    """As the recipe names it."""
+    reference: str
+    """What a plain `from_pretrained` outside the box loads: the hub name or the folder."""
+    revision: str | None = None
+    """The commit that the hub's branch or tag stood for."""
+    files: dict[str, str] = {}
+    """sha256 by file name."""
+
+    @property
+    def hash(self) -> str:
+        """One hash over all files."""
+        return hash_json(self.files)
+
+
+class DataSource(Section):
+    """The data, pinned."""
+
+    files: dict[str, list[str]]
+    """Paths inside the box, by split."""
+    hash: str
+    """sha256 over every file's split, name and content."""
+    rows: dict[str, int]
+    """Rows by split."""
+    formats: dict[str, int] = {}
+    """Rows by format."""
+
+
+class RunSpec(Section):
+    """Everything a run needs to know, and what exactly made it."""
+
+    version: int = 1
+    choices: dict[str, Any] = {}
+    """What was asked for: recipe, profile, model, data, settings; asked again at resume to see what changed."""
+    recipe: SerializeAsAny[Recipe]
+    model: ModelSource
+    data: DataSource
+    origin: dict[str, Any] = Field(default_factory=dict)
+    """Image, layers, locks, engine, git revision, machine: what the host knows."""
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _by_task(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("task") in RECIPES:
+            return RECIPES[value["task"]].model_validate(value)
+        return value
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must be the same for a resumed run to be the same run."""
+        return {
+            "recipe": hash_json(self.recipe.model_dump(mode="json")),
+            "data": self.data.hash,
+            "base model": self.model.hash,
+            "image": str(self.origin.get("image", {}).get("id", "")),
+        }
+
+    @property
+    def prepared_key(self) -> str:
+        """Names the tokenised data: the same key, the same tokens."""
+        data = self.recipe.data.model_dump(mode="json", exclude={"path", "validation_file", "test_file", "revision"})
+        return hash_json([self.identity["data"], self.identity["base model"], data, self.recipe.training.seed])[:24]
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, path: Path) -> RunSpec:
+        """Read what `write` wrote. Raises ConfigError where it is absent or was not written by Trainbox."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror}", place=str(path)) from None
+        except (ValidationError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise ConfigError(f"is not a run's spec: {first}", place=str(path), remedy="start a new run") from None
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside, sync and rename: a reader sees the old file or the new one, never half."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+BOX_MODEL = "/model"
+BOX_DATA = "/data"
+BOX_OUTPUT = "/output"
+BOX_CACHE = "/cache"
+
+
+def box(path: str) -> Path:
+    """A path of the box as it really is: the local engine, which has no container, sets TRAINBOX_ROOT."""
+    return Path(os.environ.get("TRAINBOX_ROOT", "") + path)
