@@ -1,0 +1,206 @@
+"""The image's entrypoint.
+
+`train` (the default) trains from /output/spec.json, or, where there is none, from the image's own recipe and
+what is mounted at /data and /model, and goes on from the newest complete checkpoint of an interrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainbox.container.report import emit
+from trainbox.errors import ConfigError, HardwareError, TrainboxError, TrainingError
+from trainbox.spec import checkpoint, record
+from trainbox.spec.run import BOX_OUTPUT, RunSpec, box
+
+if TYPE_CHECKING:
+    from trainbox.container.trainer import Interrupt
+
+Task = Callable[[RunSpec, "Interrupt", Path | None], dict[str, Any]]
+
+
+def main() -> int:
+    """Run one command; tell any error; return its exit code."""
+    command = parse(sys.argv[1:])
+    try:
+        COMMANDS[command.command](command)
+    except TrainboxError as error:
+        tell(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001
+        known = recognise(error)
+        _keep_traceback(error)
+        tell(known)
+        return known.exit_code
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; no command means `train`."""
+    parser = argparse.ArgumentParser(prog="trainbox", description="Train in this image.")
+    commands = parser.add_subparsers(dest="command")
+    train = commands.add_parser("train", help="train, or go on where an interrupted run stopped")
+    train.add_argument("--resume", default="", help="checkpoint folder's name; default: the newest complete one")
+    train.add_argument("--profile", default="", help="profile of the recipe")
+    train.add_argument("--model", default="", help="hub name, instead of a model mounted at /model")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
+    infer = commands.add_parser("infer", help="answer a prompt, or chat")
+    infer.add_argument("--prompt", default="")
+    infer.add_argument("--max-new-tokens", type=int, default=256)
+    infer.add_argument("--checkpoint", default="/checkpoint")
+    merge = commands.add_parser("merge", help="write adapter + base as one model to /output")
+    merge.add_argument("--checkpoint", default="/checkpoint")
+    model = commands.add_parser("make-model", help="make a random model, or convert a GGUF file")
+    model.add_argument("name")
+    model.add_argument("--source", default="")
+    return parser.parse_args(arguments if arguments else ["train"])
+
+
+def train(command: argparse.Namespace) -> None:
+    """Train and leave result.json and the record, however the run ends."""
+    spec = find_spec(command)
+    resume = find_checkpoint(command)
+    started = datetime.now(UTC)
+    if resume is None and record.finished(box(BOX_OUTPUT)):
+        emit("note", text="this output holds a finished run: nothing to do")
+        return
+    from trainbox.container.trainer import Interrupt
+
+    interrupt = Interrupt()
+    outcome: dict[str, Any] = {"status": "finished", "exit_code": 0}
+    try:
+        outcome["metrics"] = tasks()[spec.recipe.task](spec, interrupt, resume)
+    except Exception as error:
+        known = error if isinstance(error, TrainboxError) else recognise(error)
+        outcome |= {"status": "interrupted" if known.kind == "interrupted" else "failed", "exit_code": known.exit_code}
+        outcome["error"] = {"kind": known.kind, "place": known.place, "fault": known.fault, "remedy": known.remedy}
+        raise
+    finally:
+        outcome |= {"started": started.isoformat(), "ended": datetime.now(UTC).isoformat()}
+        outcome |= {"resumed_from": resume.name if resume else None, "environment": environment()}
+        record.write_result(box(BOX_OUTPUT), spec, outcome)
+
+
+def tasks() -> dict[str, Task]:
+    """The function of each task; a new method adds its line. Imported late: torch takes seconds."""
+    from trainbox.container.sft import train_sft
+
+    return {"sft": train_sft}
+
+
+def find_spec(command: argparse.Namespace) -> RunSpec:
+    """The spec that the harness wrote, or one made from the image's own recipe."""
+    path = box(BOX_OUTPUT) / "spec.json"
+    if path.exists():
+        return RunSpec.read(path)
+    from trainbox.container.standalone import make_spec
+
+    spec = make_spec(command.profile, command.model, command.set)
+    spec.write(path)
+    return spec
+
+
+def find_checkpoint(command: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from: the named one, else the newest complete one, else none."""
+    output = box(BOX_OUTPUT)
+    if command.resume:
+        chosen = output / command.resume
+        fault = checkpoint.fault_of(chosen)
+        if fault:
+            raise ConfigError(fault, place=command.resume, remedy="name another checkpoint, or none for the newest")
+    else:
+        newest, skipped = checkpoint.newest_complete(output)
+        for line in skipped:
+            emit("warn", text=f"skipped: {line}")
+        if newest is None or record.finished(output):
+            return None
+        chosen = newest
+    emit("note", text=f"going on from {chosen.name}")
+    return chosen
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, as the box sees them."""
+    import accelerate
+    import peft
+    import torch
+    import transformers
+
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate)}
+    facts: dict[str, Any] = {"python": sys.version.split()[0], "versions": versions, "device": "cpu"}
+    if torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def recognise(error: Exception) -> TrainboxError:
+    """The person's error behind a library's."""
+    text = f"{type(error).__name__}: {error}"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return HardwareError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}",
+            place="training",
+            remedy="halve training.per_device_train_batch_size and double training.gradient_accumulation_steps,\n"
+            "or training.gradient_checkpointing=true, a smaller data.max_length, or recipe llm-qlora",
+        )
+    if "No space left" in text:
+        return TrainingError("the disk is full", place=str(box(BOX_OUTPUT)), remedy="free space, then resume")
+    if isinstance(error, PermissionError):
+        fault = f"cannot write {error.filename}: {error.strerror}"
+        return TrainingError(fault, place=str(box(BOX_OUTPUT)), remedy="make the output folder yours: chown, chmod")
+    first = text.splitlines()[0]
+    return TrainingError(first, place="training", remedy="the whole traceback is in logs/traceback.txt of the output")
+
+
+def tell(error: TrainboxError) -> None:
+    """Say an error once, for a person."""
+    emit("error", kind=error.kind, place=error.place, fault=error.fault, remedy=error.remedy)
+
+
+def _keep_traceback(error: Exception) -> None:
+    folder = box(BOX_OUTPUT) / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
+        with (folder / "traceback.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{stamp}\n{''.join(traceback.format_exception(error))}\n")
+    except OSError:
+        traceback.print_exception(error)
+
+
+def _infer(command: argparse.Namespace) -> None:
+    from trainbox.container.generate import infer
+
+    infer(box(command.checkpoint), command.prompt, command.max_new_tokens)
+
+
+def _merge(command: argparse.Namespace) -> None:
+    from trainbox.container.generate import merge
+
+    merge(box(command.checkpoint), box(BOX_OUTPUT))
+
+
+def _make_model(command: argparse.Namespace) -> None:
+    from trainbox.container.models import make
+
+    make(command.name, box(command.source) if command.source else None, box(BOX_OUTPUT))
+
+
+COMMANDS = {"train": train, "infer": _infer, "merge": _merge, "make-model": _make_model}
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # Leave without running finalizers: everything is on disk, and torch's can take seconds.
+    os._exit(code)

@@ -1,0 +1,100 @@
+"""Answers from a model: for samples, one prompt, or a chat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainbox.container.report import emit
+from trainbox.errors import ConfigError
+from trainbox.spec.formats import Message
+from trainbox.spec.run import BOX_MODEL, box
+
+
+def answer(model: Any, tokenizer: Any, prompt: str | list[Message], max_new_tokens: int) -> str:
+    """The greedy answer to a prompt, or to a conversation so far."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=_ends(model, tokenizer),
+        )
+    model.train(was_training)
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*configured, tokenizer.eos_token_id) if token is not None})
+
+
+def load_trained(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a trained folder: a whole model, or an adapter over the base at /model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = folder / "adapter_config.json"
+    if not adapter.exists() and not (folder / "config.json").exists():
+        raise ConfigError("holds neither a model nor an adapter", place=folder.name, remedy="try CHECKPOINT=output/final")
+    dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    base = box(BOX_MODEL) if adapter.exists() else folder
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
+    if adapter.exists():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, AutoTokenizer.from_pretrained(str(folder))
+
+
+def infer(folder: Path, prompt: str | None, max_new_tokens: int) -> None:
+    """Answer one prompt, or chat until the end of the input."""
+    model, tokenizer = load_trained(folder)
+    if prompt:
+        emit("answer", text=answer(model, tokenizer, prompt, max_new_tokens))
+        return
+    history: list[Message] = []
+    emit("note", text="chat: an empty line forgets what was said, Ctrl-D ends")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line:
+            history = []
+            continue
+        history.append({"role": "user", "content": line})
+        reply = answer(model, tokenizer, history, max_new_tokens)
+        history.append({"role": "assistant", "content": reply})
+        emit("answer", text=reply)
+
+
+def merge(folder: Path, target: Path) -> None:
+    """Write adapter + base as one model into an empty folder. Source: PEFT's merge_and_unload."""
+    if not (folder / "adapter_config.json").exists():
+        fault = "is no adapter: there is nothing to merge"
+        raise ConfigError(fault, place=folder.name, remedy="a fully fine-tuned model is whole as it is")
+    emit("stage", text="loading base and adapter")
+    model, tokenizer = load_trained(folder)
+    model = model.merge_and_unload(progressbar=False, safe_merge=True)
+    emit("stage", text="writing the merged model")
+    model.save_pretrained(str(target))
+    tokenizer.save_pretrained(str(target))
+    emit("result", text=f"merged {json.dumps(sorted(path.name for path in target.iterdir()))}")

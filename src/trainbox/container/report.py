@@ -1,0 +1,35 @@
+"""Telling what happens: events for the harness, plain lines for a person who runs the image by hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from trainbox.spec.events import encode, to_text
+
+_FOR_HARNESS = os.environ.get("TRAINBOX_EVENTS") == "1"
+
+
+def emit(event: str, **fields: Any) -> None:
+    """Tell one event at once."""
+    full = {"event": event, **fields}
+    line = encode(full) if _FOR_HARNESS else to_text(full)
+    if line:
+        print(line, file=sys.stdout, flush=True)
+
+
+class Progress:
+    """A counter that tells itself at most every `every` seconds, and at its end."""
+
+    def __init__(self, title: str, total: int | None = None, unit: str = "rows", every: float = 0.5) -> None:
+        self._fixed = {"title": title, "total": total, "unit": unit}
+        self._every = every if _FOR_HARNESS else 5.0
+        self._next = time.monotonic() + self._every
+
+    def update(self, done: int, *, last: bool = False) -> None:
+        """Tell how many are done."""
+        if last or time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._every
+            emit("progress", done=done, **self._fixed)

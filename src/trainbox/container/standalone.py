@@ -1,0 +1,86 @@
+"""A spec made inside the box, for an image run by hand or by a cloud: `docker run -v ...:/data -v ...:/output IMAGE`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainbox.container.report import Progress, emit
+from trainbox.errors import ConfigError
+from trainbox.spec.checkpoint import hash_folder
+from trainbox.spec.dataset import check, find_splits
+from trainbox.spec.load import Choices, load_recipe
+from trainbox.spec.recipe import Recipe
+from trainbox.spec.run import BOX_DATA, BOX_MODEL, DataSource, ModelSource, RunSpec, box
+
+RECIPE = Path("/opt/trainbox/recipe")
+IMAGE_FACTS = Path("/opt/trainbox/image.json")
+
+
+def make_spec(profile: str, model: str, settings: list[str]) -> RunSpec:
+    """The image's recipe over what is mounted; data defaults to the recipe's sample."""
+    data = str(box(BOX_DATA)) if _filled(box(BOX_DATA)) else ""
+    name = _recipe_name()
+    choices = Choices(recipe=name, profile=profile, model=model, data=data, set=tuple(settings))
+    recipe = load_recipe(RECIPE, choices)
+    emit("note", text=f"recipe {name}, data {data or 'sample'}")
+    return RunSpec(
+        choices=asdict(choices),
+        recipe=recipe,
+        model=_model(recipe),
+        data=_data(recipe),
+        origin={"image": _image_facts(), "engine": {"name": "none: the image was run by hand"}},
+    )
+
+
+def _filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _recipe_name() -> str:
+    return str(_image_facts().get("recipe", RECIPE.name))
+
+
+def _image_facts() -> dict[str, Any]:
+    import json
+
+    try:
+        facts: dict[str, Any] = json.loads(IMAGE_FACTS.read_text())
+    except OSError:
+        return {}
+    return facts
+
+
+def _data(recipe: Recipe) -> DataSource:
+    splits = find_splits(recipe.data, RECIPE)
+    progress = Progress("checking data")
+    facts = check(recipe, splits, progress.update)
+    files = {split: [str(path) for path in paths] for split, paths in splits.items()}
+    return DataSource(files=files, hash=facts.hash, rows=dict(facts.rows), formats=dict(facts.formats))
+
+
+def _model(recipe: Recipe) -> ModelSource:
+    folder, name = box(BOX_MODEL), recipe.model.name
+    if not _filled(folder):
+        fill_model(recipe, folder)
+    return ModelSource(name=name, reference=name, revision=recipe.model.revision, files=hash_folder(folder))
+
+
+def fill_model(recipe: Recipe, folder: Path) -> None:
+    """Put the recipe's model where the box looks for it: made, or downloaded where there is a network."""
+    name = recipe.model.name
+    try:
+        if name.startswith("random:"):
+            from trainbox.container.models import make
+
+            make(name, None, folder)
+            return
+        from huggingface_hub import snapshot_download
+
+        emit("stage", text=f"downloading {name}")
+        snapshot_download(name, revision=recipe.model.revision, local_dir=folder, ignore_patterns=["*.bin", "*.gguf", "original/*"])
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = "mount the model: -v FOLDER:/model:ro"
+        raise ConfigError(f"{name} cannot be had: {first}", place="model.name", remedy=remedy) from error

@@ -1,0 +1,263 @@
+"""What every task's Trainer shares: whole checkpoints, metrics, a stop that loses nothing, a watch on the loss."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints, set_seed
+
+from trainbox.container.report import emit
+from trainbox.errors import Interrupted, TrainboxError, TrainingError
+from trainbox.spec.checkpoint import publish, step_of
+from trainbox.spec.recipe import Training
+from trainbox.spec.run import BOX_OUTPUT, box
+
+STAGING = ".saving"
+
+
+class BoxTrainer:
+    """Mixed into a `transformers.Trainer` subclass, before it in the bases."""
+
+    args: TrainingArguments
+    state: TrainerState
+    model: Any
+    _staging = False
+    _bad_step: torch.Tensor | None = None
+    _tokens: torch.Tensor | int = 0
+    _tokens_since = 0.0
+
+    def _get_output_dir(self, trial: Any) -> str:
+        output = str(self.args.output_dir)
+        return str(Path(output) / STAGING) if self._staging else output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as the Trainer does, but aside; only what is whole gets its name."""
+        self._check_finite()
+        output = Path(str(self.args.output_dir))
+        name = f"checkpoint-{self.state.global_step}"
+        shutil.rmtree(output / STAGING, ignore_errors=True)
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            self._settle_best(output)
+            publish(output / STAGING / name, output / name)
+        except Exception as error:
+            raise _cannot_save(error, output, name) from error
+        finally:
+            self._staging = False
+            shutil.rmtree(output / STAGING, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=str(output),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+        emit("checkpoint", text=f"saved {name}", step=self.state.global_step)
+
+    def _settle_best(self, output: Path) -> None:
+        """The state names the best checkpoint by path: give it the path it will have once renamed."""
+        best = self.state.best_model_checkpoint
+        if best and Path(best).parent.name == STAGING:
+            self.state.best_model_checkpoint = str(output / Path(best).name)
+            staged = output / STAGING / f"checkpoint-{self.state.global_step}" / "trainer_state.json"
+            self.state.save_to_json(str(staged))
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """A step, with the first step of a loss that is not a number remembered and the tokens counted."""
+        self._count_tokens(inputs)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        step = torch.full_like(loss, self.state.global_step + 1)
+        bad = torch.where(torch.isfinite(loss), torch.inf, step)
+        # Kept on the device: reading it at every step would make the GPU wait.
+        self._bad_step = bad if self._bad_step is None else torch.minimum(self._bad_step, bad)
+        if loss.device.type == "cpu":
+            self._check_finite()
+        return loss
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+        mask = inputs.get("attention_mask")
+        ids = inputs.get("input_ids")
+        self._tokens = self._tokens + (mask.sum() if mask is not None else ids.numel() if ids is not None else 0)
+
+    def _check_finite(self) -> None:
+        if self._bad_step is None or torch.isinf(self._bad_step):
+            return
+        raise TrainingError(
+            f"the loss is not a number since step {int(self._bad_step)}",
+            place="training",
+            remedy="lower training.learning_rate, raise training.warmup_ratio, look for wrong labels,\n"
+            "or use bf16 instead of fp16; checkpoints before that step are good",
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does, with the speed in non-padding tokens."""
+        if "loss" in logs:
+            self._check_finite()
+            now = time.monotonic()
+            if self._tokens_since:
+                logs["tokens_per_second"] = round(float(self._tokens) / (now - self._tokens_since), 1)
+            self._tokens, self._tokens_since = 0, now
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The record and the report say more, in fewer words."""
+
+
+def _cannot_save(error: Exception, output: Path, name: str) -> Exception:
+    if isinstance(error, TrainboxError):
+        return error
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if not full and not isinstance(error, OSError):
+        return error
+    kept = sorted((path for path in output.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+    what = "the disk is full" if full else str(error)
+    good = f"{kept[-1].name} before it is whole: free space, then resume" if kept else "there is no earlier checkpoint"
+    return TrainingError(f"{what} while saving {name}", place=str(output), remedy=good)
+
+
+class Interrupt:
+    """SIGTERM and SIGINT: the first ends the run after its step, with a checkpoint; the second ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.training = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self.training:
+            os._exit(128 + number)
+        self.asked = True
+        emit("note", text="stopping: finishing this step and saving (once more to stop at once)")
+
+
+class Watch(TrainerCallback):
+    """Metrics to output/metrics.jsonl, progress to the harness, and the way out on a signal."""
+
+    def __init__(self, interrupt: Interrupt) -> None:
+        self._interrupt = interrupt
+        self._file = box(BOX_OUTPUT) / "metrics.jsonl"
+        self._next = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """From here on a signal waits for the end of the step."""
+        _forget_after(self._file, state.global_step)
+        self._interrupt.training = True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar; on a signal, save and stop."""
+        if time.monotonic() >= self._next or state.global_step == state.max_steps:
+            self._next = time.monotonic() + 0.3
+            emit("step", done=state.global_step, total=state.max_steps)
+        if self._interrupt.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        """One line a log."""
+        if not logs or "train_runtime" in logs:
+            return
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        emit("metrics", step=state.global_step, total=state.max_steps, metrics=logs)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will do again."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_in(line) <= step and step]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _step_in(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):  # a line cut short by a kill
+        return float("inf")
+
+
+def callbacks(training: Training, interrupt: Interrupt) -> list[TrainerCallback]:
+    """The callbacks of every task."""
+    early = [EarlyStoppingCallback(training.early_stopping_patience)] if training.early_stopping_patience else []
+    return [Watch(interrupt), *early]
+
+
+def seed_everything(training: Training) -> None:
+    """Seed Python, NumPy and torch; prefer deterministic kernels."""
+    set_seed(training.seed)
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
+
+def precision(training: Training) -> str:
+    """`bf16`, `fp16` or `fp32`: what the recipe asks for, else the best that the device computes in."""
+    if training.bf16:
+        return "bf16"
+    if training.fp16:
+        return "fp16"
+    if not torch.cuda.is_available():
+        return "fp32"
+    capable = torch.cuda.get_device_capability() >= (8, 0)
+    if capable and training.bf16 is None:
+        return "bf16"
+    return "fp16" if training.fp16 is None and not capable else "fp32"
+
+
+def arguments(training: Training, *, has_validation: bool) -> dict[str, Any]:
+    """Keyword arguments of `TrainingArguments`, which every task's own configuration class takes."""
+    own = {"bf16", "fp16", "deterministic", "early_stopping_patience", "warmup_ratio", "torch_compile"}
+    values = training.model_dump(exclude=own)
+    chosen = precision(training)
+    strategy = training.eval_strategy
+    if strategy == "auto":
+        strategy = "steps" if has_validation else "no"
+    if strategy != "no" and training.save_strategy == "epoch" and training.eval_strategy == "auto":
+        strategy = "epoch"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(box(BOX_OUTPUT) / "logs" / "tensorboard")
+    os.environ["WANDB_DIR"] = str(box(BOX_OUTPUT) / "logs")
+    return values | {
+        "output_dir": str(box(BOX_OUTPUT)),
+        "bf16": chosen == "bf16",
+        "fp16": chosen == "fp16",
+        # A share below 1 is a ratio to transformers 5.
+        "warmup_steps": training.warmup_steps or training.warmup_ratio,
+        "torch_compile": training.torch_compile,
+        "eval_strategy": strategy,
+        "eval_steps": training.eval_steps or training.save_steps,
+        "per_device_eval_batch_size": training.per_device_eval_batch_size or training.per_device_train_batch_size,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "report_to": training.report_to or "none",
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def run(trainer: Any, interrupt: Interrupt, resume: Path | None) -> dict[str, float]:
+    """Train to the end and return the final metrics. Raises Interrupted when stopped with a checkpoint saved."""
+    output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    state = trainer.state
+    interrupt.training = False
+    if interrupt.asked and state.global_step < state.max_steps:
+        name = f"checkpoint-{state.global_step}"
+        raise Interrupted(f"stopped at step {state.global_step} of {state.max_steps}, {name} is saved")
+    last_eval = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    metrics = {key: value for key, value in output.metrics.items() if isinstance(value, int | float)}
+    metrics |= {key: value for key, value in last_eval.items() if key.startswith("eval_")}
+    if losses:
+        metrics |= {"first_loss": losses[0], "last_loss": losses[-1]}
+    return metrics

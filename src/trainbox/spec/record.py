@@ -1,0 +1,84 @@
+"""The record of a run, output/run.json: what exactly made the model, and whether it is still what it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainbox.errors import ConfigError
+from trainbox.spec.checkpoint import hash_folder
+from trainbox.spec.run import RunSpec, hash_json, write_json
+
+RESULT = "result.json"
+RECORD = "run.json"
+
+
+def write_result(output: Path, spec: RunSpec, outcome: dict[str, Any]) -> None:
+    """Write result.json (this session) and run.json (the whole run, with every session that led here)."""
+    final = output / "final"
+    artifacts = {f"final/{name}": digest for name, digest in hash_folder(final).items()} if final.is_dir() else {}
+    result = outcome | {"artifacts": artifacts}
+    write_json(output / RESULT, result)
+    sessions = [*_read(output / RECORD).get("sessions", []), _session(result)]
+    write_json(output / RECORD, _record(spec, result, sessions))
+
+
+def _session(result: dict[str, Any]) -> dict[str, Any]:
+    keys = ("status", "exit_code", "started", "ended", "resumed_from", "environment", "error")
+    return {key: result[key] for key in keys if key in result}
+
+
+def _record(spec: RunSpec, result: dict[str, Any], sessions: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "status": result["status"],
+        "choices": spec.choices,
+        "recipe": spec.recipe.model_dump(mode="json"),
+        "identity": spec.identity,
+        "spec_sha256": hash_json(spec.model_dump(mode="json")),
+        "model": spec.model.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json"),
+        "seed": spec.recipe.training.seed,
+        **spec.origin,
+        "metrics": result.get("metrics", {}),
+        "sessions": sessions,
+        "artifacts": result["artifacts"],
+    }
+
+
+def finished(output: Path) -> bool:
+    """Whether the run in this folder came to its end."""
+    return _read(output / RECORD).get("status") == "finished"
+
+
+def read(output: Path) -> dict[str, Any]:
+    """The record of a run. Raises ConfigError where there is none."""
+    found = _read(output / RECORD)
+    if not found:
+        raise ConfigError("holds no record (run.json)", place=str(output), remedy="name a run's folder: OUTPUT=...")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def changes(output: Path) -> list[str]:
+    """What is no longer as the record says: a line for each artifact that changed, is missing or was added."""
+    found = read(output)
+    recorded: dict[str, str] = found.get("artifacts", {})
+    final = output / "final"
+    present = {f"final/{name}": digest for name, digest in hash_folder(final).items()} if final.is_dir() else {}
+    lines = [f"{name} is missing" for name in recorded if name not in present]
+    lines += [f"{name} has changed" for name in recorded if name in present and present[name] != recorded[name]]
+    lines += [f"{name} was added" for name in present if name not in recorded]
+    spec = output / "spec.json"
+    if not spec.exists():
+        lines.append("spec.json is missing")
+    elif hash_json(RunSpec.read(spec).model_dump(mode="json")) != found.get("spec_sha256"):
+        lines.append("spec.json has changed")
+    return lines
