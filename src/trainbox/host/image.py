@@ -243,35 +243,42 @@ def _build(build: Build, docker: Docker, extra: Mapping[str, str]) -> None:
 
 
 class BuildLog:
-    """Reads BuildKit's plain progress: shows which step runs, keeps the last lines for an error."""
+    """Reads BuildKit's plain progress: shows which step runs, keeps what the failed one said."""
 
     STEP = re.compile(r"#(\d+) \[(?:\S+ )?(\d+)/(\d+)\] (.*)")
-    OUTPUT = re.compile(r"#(\d+) (?:[\d.]+ )?(.*)")
+    OUTPUT = re.compile(r"#(\d+) (?:\d+\.\d+ )?(.*)")
 
     def __init__(self, progress: ui.Progress) -> None:
         self._progress = progress
         self._steps: dict[str, int] = {}
-        self._lines: deque[str] = deque(maxlen=400)
+        self._lines: deque[str] = deque(maxlen=100)
+        self._said: dict[str, deque[str]] = {}
+        self._failed = ""
 
     def take(self, line: str) -> None:
         """Take one line of the build's output."""
         self._lines.append(line)
         if step := self.STEP.match(line):
             number, at, total, command = step.groups()
-            self._steps[number] = int(at)
+            self._steps[number], self._said[number] = int(at), deque([_short(command)], maxlen=100)
             self._progress.update(completed=int(at) - 1, total=int(total), note=_short(command))
-        elif output := self.OUTPUT.match(line):
-            number, text = output.groups()
-            if number in self._steps and text.startswith(("DONE", "CACHED")):
-                self._progress.update(completed=self._steps[number])
-            elif number in self._steps:
-                self._progress.update(note=_short(text))
+        elif (output := self.OUTPUT.match(line)) and output[1] in self._steps:
+            self._take_output(*output.groups())
 
     def last_lines(self) -> list[str]:
-        """What the failed step said, with the proxy in use named since it is a common cause."""
-        lines = shell.tail(list(self._lines)).splitlines()
+        """What the failed step said; the proxy in use too, a common cause."""
+        lines = shell.tail(list(self._said.get(self._failed, self._lines))).splitlines()
         proxy = next((value for name, value in _net_settings().items() if name.lower() == "https_proxy"), "")
         return [*lines, *([f"the build used the proxy {_without_password(proxy)}: is it right?"] if proxy else [])]
+
+    def _take_output(self, number: str, text: str) -> None:
+        if text.startswith(("DONE", "CACHED")):
+            self._progress.update(completed=self._steps[number])
+        elif text.startswith("ERROR"):
+            self._failed = number
+        elif not text.startswith("sha256:"):
+            self._said[number].append(text)
+            self._progress.update(note=_short(text))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -17,6 +18,9 @@ Unit = Literal["B", "steps", "rows"]
 
 PLAIN_SECONDS = 5.0
 """Without a terminal, at most one line of progress in this time."""
+
+QUIET_SECONDS = 30.0
+"""... and at least one in this time, though there be no news."""
 
 
 def say(text: str) -> None:
@@ -134,22 +138,34 @@ class _Bar:
 
 
 class _Lines:
+    """A line when there is news, at most every PLAIN_SECONDS; a sign of life every QUIET_SECONDS."""
+
     def __init__(self, title: str) -> None:
-        self._title = title
-        self._last = 0.0
+        self._title = self._line = title
+        self._stopped = threading.Event()
+        self._speaker = threading.Thread(target=self._speak, daemon=True)
 
     def start(self) -> None:
         say(f"{self._title} ...")
-        self._last = time.monotonic()
+        self._speaker.start()
 
     def draw(self, meter: Meter, title: str) -> None:
-        if time.monotonic() - self._last >= PLAIN_SECONDS:
-            say(f"{title}: {meter.text()}")
-            self._last = time.monotonic()
+        self._line = f"{title}: {meter.text()}"
 
     def stop(self, meter: Meter, *, done: bool) -> None:
+        self._stopped.set()
+        self._speaker.join()
         if done:
             say(f"{self._title}: done in {_time(meter.elapsed())}")
+
+    def _speak(self) -> None:
+        started = spoken = time.monotonic()
+        said = self._line
+        while not self._stopped.wait(PLAIN_SECONDS):
+            now = time.monotonic()
+            if self._line != said or now - spoken >= QUIET_SECONDS:
+                said, spoken = self._line, now
+                say(f"{said} ({_time(now - started)})")
 
 
 def _print_error(text: str, colour: str) -> None:
