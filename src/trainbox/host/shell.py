@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -34,14 +35,21 @@ def run(
 
     With `check`, a non-zero exit is an EngineError that ends in the command's last lines.
     """
-    with _told_when_missing(argv):
-        try:
-            done = subprocess.run(
-                argv, capture_output=capture, env=_merged(env), cwd=cwd, input=stdin, timeout=timeout, text=True,
-                errors="replace", check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise EngineError(f"no end after {timeout:.0f} seconds", place=" ".join(argv)) from None
+    _require(argv[0])
+    try:
+        done = subprocess.run(
+            argv,
+            capture_output=capture,
+            env=_merged(env),
+            cwd=cwd,
+            input=stdin,
+            timeout=timeout,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"no end after {timeout} seconds", place=" ".join(argv)) from None
     if check and done.returncode:
         lines = f"{done.stdout or ''}{done.stderr or ''}".splitlines()
         raise EngineError(f"failed with exit code {done.returncode}", place=" ".join(argv), remedy=tail(lines))
@@ -59,23 +67,28 @@ def stream(
 
     SIGINT and SIGTERM to this process go to the command, once each time they arrive, and its end is waited for.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_told_when_missing(argv))
-        # Its own session: Ctrl-C on a terminal would otherwise reach it twice, from the terminal and from us.
-        process = stack.enter_context(
-            subprocess.Popen(
-                argv, stdin=stack.enter_context(_as_file(stdin)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env=_merged(env), text=True, errors="replace", bufsize=1, start_new_session=True,
-            )
-        )  # fmt: skip
-        stack.enter_context(_signals_forwarded(process))
-        try:
-            for line in process.stdout or ():
-                on_line(line.rstrip("\n"))
-        except BaseException:
-            process.terminate()
-            raise
-        return _exit_code(process.wait())
+    _require(argv[0])
+    with _as_file(stdin) as file:
+        process = subprocess.Popen(
+            _bound_to_us(argv),
+            stdin=file,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_merged(env),
+            text=True,
+            errors="replace",
+            bufsize=1,
+            # Its own session: Ctrl-C on a terminal would otherwise reach it twice, from the terminal and from us.
+            start_new_session=True,
+        )
+        with process, _signals_forwarded(process):
+            try:
+                for line in process.stdout or ():
+                    on_line(line.rstrip("\n"))
+            except BaseException:
+                process.terminate()
+                raise
+            return _exit_code(process.wait())
 
 
 def show(title: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> None:
@@ -93,13 +106,15 @@ def show(title: str, argv: Sequence[str], *, env: Mapping[str, str] | None = Non
 
 def attach(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
     """Run a command with this terminal handed over to it, and return its exit code."""
-    with _told_when_missing(argv), _signals_ignored():
+    _require(argv[0])
+    with _signals_ignored():
         return _exit_code(subprocess.call(argv, env=_merged(env)))
 
 
 def detach(argv: Sequence[str], log: Path) -> None:
     """Start a command that outlives this process, its output going to `log`."""
-    with _told_when_missing(argv), log.open("ab") as out:
+    _require(argv[0])
+    with log.open("ab") as out:
         subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
 
 
@@ -128,14 +143,14 @@ def _as_file(data: bytes | None) -> Iterator[IO[bytes] | int]:
         yield file
 
 
-@contextlib.contextmanager
-def _told_when_missing(argv: Sequence[str]) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, PermissionError) as error:
-        if error.filename != argv[0]:
-            raise
-        raise EngineError("this program is not installed, or cannot be run", place=argv[0]) from None
+def _require(program: str) -> None:
+    if shutil.which(program) is None:
+        raise EngineError("this program is not installed, or cannot be run", place=program)
+
+
+def _bound_to_us(argv: Sequence[str]) -> list[str]:
+    """Should this process be killed outright, the command gets a SIGTERM: a training saves and stops."""
+    return ["setpriv", "--pdeathsig", "TERM", *argv] if shutil.which("setpriv") else list(argv)
 
 
 @contextlib.contextmanager
