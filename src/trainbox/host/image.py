@@ -246,7 +246,8 @@ class BuildLog:
     """Reads BuildKit's plain progress: shows which step runs, keeps what the failed one said."""
 
     STEP = re.compile(r"#(\d+) \[(?:\S+ )?(\d+)/(\d+)\] (.*)")
-    OUTPUT = re.compile(r"#(\d+) (?:\d+\.\d+ )?(.*)")
+    STATE = re.compile(r"#(\d+) (DONE|CACHED|ERROR)")
+    OUTPUT = re.compile(r"#(\d+) \d+\.\d+ (.*)")
 
     def __init__(self, progress: ui.Progress) -> None:
         self._progress = progress
@@ -262,8 +263,11 @@ class BuildLog:
             number, at, total, command = step.groups()
             self._steps[number], self._said[number] = int(at), deque([_short(command)], maxlen=100)
             self._progress.update(completed=int(at) - 1, total=int(total), note=_short(command))
+        elif (state := self.STATE.match(line)) and state[1] in self._steps:
+            self._end_step(*state.groups())
         elif (output := self.OUTPUT.match(line)) and output[1] in self._steps:
-            self._take_output(*output.groups())
+            self._said[output[1]].append(output[2])
+            self._progress.update(note=_short(output[2]))
 
     def last_lines(self) -> list[str]:
         """What the failed step said; the proxy in use too, a common cause."""
@@ -271,14 +275,11 @@ class BuildLog:
         proxy = next((value for name, value in _net_settings().items() if name.lower() == "https_proxy"), "")
         return [*lines, *([f"the build used the proxy {_without_password(proxy)}: is it right?"] if proxy else [])]
 
-    def _take_output(self, number: str, text: str) -> None:
-        if text.startswith(("DONE", "CACHED")):
-            self._progress.update(completed=self._steps[number])
-        elif text.startswith("ERROR"):
+    def _end_step(self, number: str, state: str) -> None:
+        if state == "ERROR":
             self._failed = number
-        elif not text.startswith("sha256:"):
-            self._said[number].append(text)
-            self._progress.update(note=_short(text))
+        else:
+            self._progress.update(completed=self._steps[number])
 
 
 @contextlib.contextmanager
