@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainbox.container.report import emit
+from trainbox.container.report import emit, hush_libraries
 from trainbox.errors import ConfigError, HardwareError, TrainboxError, TrainingError
 from trainbox.spec import checkpoint, record
 from trainbox.spec.run import BOX_OUTPUT, RunSpec, box
@@ -95,6 +95,7 @@ def tasks() -> dict[str, Task]:
     """The function of each task; a new method adds its line. Imported late: torch takes seconds."""
     from trainbox.container.sft import train_sft
 
+    hush_libraries()
     return {"sft": train_sft}
 
 
@@ -182,18 +183,21 @@ def _keep_traceback(error: Exception) -> None:
 def _infer(command: argparse.Namespace) -> None:
     from trainbox.container.generate import infer
 
+    hush_libraries()
     infer(box(command.checkpoint), command.prompt, command.max_new_tokens)
 
 
 def _merge(command: argparse.Namespace) -> None:
     from trainbox.container.generate import merge
 
+    hush_libraries()
     merge(box(command.checkpoint), box(BOX_OUTPUT))
 
 
 def _make_model(command: argparse.Namespace) -> None:
     from trainbox.container.models import make
 
+    hush_libraries()
     make(command.name, box(command.source) if command.source else None, box(BOX_OUTPUT))
 
 

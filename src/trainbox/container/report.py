@@ -33,3 +33,14 @@ class Progress:
         if last or time.monotonic() >= self._next:
             self._next = time.monotonic() + self._every
             emit("progress", done=done, **self._fixed)
+
+
+def hush_libraries() -> None:
+    """Our events say what the libraries' bars and notices would; their warnings stay."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)

@@ -66,7 +66,19 @@ def load_model(recipe: SftRecipe) -> Any:
         first = str(error).splitlines()[0]
         raise ConfigError(f"is no causal language model: {first}", place="model.name") from error
     model.config.use_cache = False
+    _keep_trainable(model)
     return model
+
+
+def _keep_trainable(model: Any) -> None:
+    """Stop bitsandbytes from repacking a layer on the CPU at its first evaluation.
+
+    The packed layer has a coarser scale and no gradient, so that training after a sample or an evaluation would
+    silently leave out every layer below it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(recipe: SftRecipe, compute: torch.dtype) -> BitsAndBytesConfig:
@@ -85,6 +97,11 @@ class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]
         super().__init__(**arguments)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_fused_lm_head(base, outputs=("log_probs",))
+        if base is not self.model:
+            # TRL casts the adapter of a quantised base to bfloat16, where small updates of AdamW round to nothing.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -110,7 +127,6 @@ def build_trainer(
         eval_packing=recipe.data.packing,
         dataset_kwargs={"skip_prepare_dataset": True},
         prediction_loss_only=True,
-        pad_token=tokenizer.pad_token,
     )
     try:
         trainer = Trainer(

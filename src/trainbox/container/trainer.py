@@ -13,7 +13,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints, set_seed
 
 from trainbox.container.report import emit
@@ -216,7 +217,7 @@ def precision(training: Training) -> str:
 
 def arguments(training: Training, *, has_validation: bool) -> dict[str, Any]:
     """Keyword arguments of `TrainingArguments`, which every task's own configuration class takes."""
-    own = {"bf16", "fp16", "deterministic", "early_stopping_patience", "warmup_ratio", "torch_compile"}
+    own = {"deterministic", "early_stopping_patience", "warmup_ratio", "gradient_checkpointing"}
     values = training.model_dump(exclude=own)
     chosen = precision(training)
     strategy = training.eval_strategy
@@ -232,11 +233,10 @@ def arguments(training: Training, *, has_validation: bool) -> dict[str, Any]:
         "fp16": chosen == "fp16",
         # A share below 1 is a ratio to transformers 5.
         "warmup_steps": training.warmup_steps or training.warmup_ratio,
-        "torch_compile": training.torch_compile,
         "eval_strategy": strategy,
         "eval_steps": training.eval_steps or training.save_steps,
         "per_device_eval_batch_size": training.per_device_eval_batch_size or training.per_device_train_batch_size,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "activation_checkpointing": training.gradient_checkpointing,
         "report_to": training.report_to or "none",
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
@@ -248,6 +248,7 @@ def arguments(training: Training, *, has_validation: bool) -> dict[str, Any]:
 
 def run(trainer: Any, interrupt: Interrupt, resume: Path | None) -> dict[str, float]:
     """Train to the end and return the final metrics. Raises Interrupted when stopped with a checkpoint saved."""
+    trainer.remove_callback(PrinterCallback)  # our events say the same
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     state = trainer.state
     interrupt.training = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,21 @@ from pydantic.fields import FieldInfo
 
 from trainbox.errors import ConfigError
 from trainbox.spec.recipe import RECIPES, Recipe, Section
+
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's words: `no` is a word and 2e-4 a number, as in every other tool's configuration."""
+
+
+Loader.yaml_implicit_resolvers = {
+    char: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for char, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 Tree = dict[str, Any]
 Lines = dict[str, int]
@@ -65,8 +81,8 @@ def read_yaml(path: Path, place: str) -> tuple[Tree, Lines]:
     """Parse a YAML mapping; also the line of every dotted key. A key given twice is an error."""
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=Loader)
+        tree = yaml.load(text, Loader=Loader)  # noqa: S506 (a SafeLoader)
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not UTF-8 (byte {error.start})", place=place) from None
     except OSError as error:
@@ -132,7 +148,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"{setting!r} is not key=value", place="--set", remedy='write SET="training.max_steps=40"')
     try:
-        return key, yaml.safe_load(value)
+        return key, yaml.load(value, Loader=Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError:
         return key, value
 
