@@ -92,9 +92,15 @@ def _install() -> None:
         return
     ui.say("engine: none here; installing Debian's docker.io (once, about a minute)")
     apt = {"DEBIAN_FRONTEND": "noninteractive"}
-    packages = ["docker.io", "iptables"]
     shell.show("apt-get update", ["apt-get", "update"], env=apt)
+    # From Debian 13 on, the client and its BuildKit are packages of their own.
+    apart = [name for name in ("docker-cli", "docker-buildx") if _has_package(name)]
+    packages = ["docker.io", "iptables", *apart]
     shell.show("apt-get install", ["apt-get", "install", "-y", "--no-install-recommends", *packages], env=apt)
+
+
+def _has_package(name: str) -> bool:
+    return shell.run(["apt-cache", "show", name], check=False).returncode == 0
 
 
 def _use_working_iptables() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -45,11 +46,10 @@ def find_sources() -> Iterator[Source]:
 
 def compile_argv(source: Path, constraints: tuple[Path, ...]) -> list[str]:
     """The whole `uv pip compile` line, run in the source's folder so that no path of this machine gets in."""
-    up = "../" * len(source.parent.relative_to(paths.REPO).parts)
     return [
         str(Path(sys.executable).parent / "uv"), "pip", "compile", "--quiet", "--upgrade", "--universal",
         "--python-version", "3.11", "--generate-hashes", "--no-emit-index-url", "--no-header",
-        *[part for file in constraints for part in ("--constraint", f"{up}{file.relative_to(paths.REPO)}")],
+        *[part for file in constraints for part in ("--constraint", os.path.relpath(file, source.parent))],
         source.name, "--output-file", f"{source.stem}.lock",
     ]  # fmt: skip
 

@@ -307,7 +307,7 @@ def test_locks_are_refreshed_in_order_and_the_changes_told(
         [*common, "requirements.in", "--output-file", "requirements.lock"],
         [*common, "installer.in", "--output-file", "installer.lock"],
         [*common, "requirements-torch.in", "--output-file", "requirements-torch.lock"],
-        [*common, "--constraint", "../../docker/base/requirements-torch.lock", "requirements.in", "--output-file",
+        [*common, "--constraint", "requirements-torch.lock", "requirements.in", "--output-file",
          "requirements.lock"],
         [*common, "--constraint", "../../docker/base/requirements.lock", "requirements.in", "--output-file",
          "requirements.lock"],
