@@ -6,7 +6,7 @@ VENV := .venv
 INVOKE := $(VENV)/bin/python -m invoke
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume infer merge verify build test lint types unit lock engine explain schema bench clean
+.PHONY: help setup train resume infer merge verify explain schema build engine lock test lint bench clean
 
 help: ## print this menu
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12

@@ -116,8 +116,8 @@ def pin_root(docker: Docker) -> str | None:
     pins = read_pins()
     digest = docker.registry_digest(pins["root"]["image"])
     if digest and digest != pins["root"]["digest"]:
-        pins["root"]["digest"] = digest
-        _pins_file().write_text(json.dumps(pins, indent=2) + "\n")
+        old, new = (f'"digest": "{value}"' for value in (pins["root"]["digest"], digest))
+        _pins_file().write_text(_pins_file().read_text().replace(old, new, 1))
     return digest
 
 
