@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import sys
 import tempfile
 from collections import deque
@@ -139,9 +138,7 @@ class Docker:
     @functools.cached_property
     def builder(self) -> list[str]:
         """The first client on PATH that can build with BuildKit against this engine, whatever its version."""
-        tried = [[client] for client in dict.fromkeys(_on_path("docker"))]
-        if self.facts["engine"].startswith("Podman"):
-            tried += [["podman", "--url", self.client.api.base_url]] if shutil.which("podman") else []
+        tried = [[client] for client in _on_path("docker")]
         for client in tried:
             if self._can_build(client):
                 return client
@@ -172,8 +169,9 @@ class Docker:
         # A rootless engine maps its uid 0 to the caller; any other uid would own nothing here.
         user = "0:0" if "rootless" in self._security else f"{os.getuid()}:{os.getgid()}"
         return [
-            # An init: signals reach the command even before it handles them, and no zombies stay.
-            "--init", "--user", user, *(["--network", "none"] if not box.network else []),
+            # An init: signals reach the command even before it handles them. (Podman has one only where installed.)
+            *(["--init"] if self.facts["engine"] == "Docker" else []),
+            "--user", user, *(["--network", "none"] if not box.network else []),
             "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
             # SELinux would deny bind mounts that carry no container label, and relabelling the user's data is worse.
             *(["--security-opt", "label=disable"] if "selinux" in self._security else []),
