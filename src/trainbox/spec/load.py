@@ -18,19 +18,23 @@ from trainbox.errors import ConfigError
 from trainbox.spec.recipe import RECIPES, Recipe, Section
 
 
-
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's words: `no` is a word and 2e-4 a number, as in every other tool's configuration."""
+    """YAML 1.2's words: `no` and 2024-01-01 are words and 2e-4 a number, as in every other tool's configuration."""
 
 
 Loader.yaml_implicit_resolvers = {
-    char: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    char: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
     for char, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""What PyYAML raises: a value that does not fit its tag fails wherever Python notices."""
 
 Tree = dict[str, Any]
 Lines = dict[str, int]
@@ -64,7 +68,7 @@ def load_recipe(folder: Path, choices: Choices) -> Recipe:
             raise ConfigError(
                 f"there is no profile {choices.profile!r}",
                 place=place,
-                remedy=nearest(choices.profile, profiles) or f"profiles: {', '.join(profiles) or 'none'}",
+                remedy=nearest(choices.profile, profiles) or f"profiles: {', '.join(map(str, profiles)) or 'none'}",
             )
         prefix = f"profiles.{choices.profile}."
         origin |= {key.removeprefix(prefix): at for key, at in origin.items() if key.startswith(prefix)}
@@ -74,6 +78,7 @@ def load_recipe(folder: Path, choices: Choices) -> Recipe:
         key, value = parse_setting(setting)
         tree = _assign(tree, key.split("."), value, key)
         origin[key] = f"--set {key}"
+        origin.setdefault(key.partition(".")[0], f"--set {key}")
     return validate(tree, origin, place)
 
 
@@ -82,7 +87,10 @@ def read_yaml(path: Path, place: str) -> tuple[Tree, Lines]:
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=Loader)
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError("holds no `key: value` lines", place=place)
         tree = yaml.load(text, Loader=Loader)  # noqa: S506 (a SafeLoader)
+        return tree, dict(_key_lines(node, "", place))
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not UTF-8 (byte {error.start})", place=place) from None
     except OSError as error:
@@ -90,9 +98,8 @@ def read_yaml(path: Path, place: str) -> tuple[Tree, Lines]:
     except yaml.MarkedYAMLError as error:
         at = f"{place}:{error.problem_mark.line + 1}" if error.problem_mark else place
         raise ConfigError(f"is not YAML: {error.problem}", place=at) from None
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError("holds no `key: value` lines", place=place)
-    return tree, dict(_key_lines(node, "", place))
+    except YAML_FAULTS as error:
+        raise ConfigError(f"is not YAML: {str(error).partition(chr(10))[0]}", place=place) from None
 
 
 def _key_lines(node: yaml.MappingNode, prefix: str, place: str) -> Iterator[tuple[str, int]]:
@@ -114,11 +121,11 @@ def _as_mapping(value: Any, place: str) -> Tree:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """`over` laid on `base`: mappings key by key, everything else replaced."""
+    """`over` laid on `base`: mappings key by key, everything else replaced. What was laid last stands last."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        below = merged.pop(key, None)
+        merged[key] = merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
     return merged
 
 
@@ -126,12 +133,26 @@ def _named_overrides(choices: Choices) -> Tree:
     """MODEL= and DATA= replace the whole source: a pin of the recipe's own model does not fit another."""
     over: Tree = {}
     if choices.model:
-        name, _, revision = choices.model.partition("@") if not Path(choices.model).exists() else (choices.model, "", "")
-        over["model"] = {"name": name, "revision": revision or None, "sha256": None}
+        name, revision = _split_revision(choices.model)
+        over["model"] = {"name": name, "revision": revision, "sha256": None}
     if choices.data:
-        name, _, revision = choices.data.partition("@") if not Path(choices.data).exists() else (choices.data, "", "")
-        over["data"] = {"path": name, "revision": revision or None, "validation_file": None, "test_file": None}
+        name, revision = _split_revision(choices.data)
+        over["data"] = {"path": name, "revision": revision, "validation_file": None, "test_file": None}
     return over
+
+
+def _split_revision(source: str) -> tuple[str, str | None]:
+    """`org/name@revision` in two; a path that is there is a whole."""
+    name, _, revision = (source, "", "") if is_path(source) else source.partition("@")
+    return name, revision or None
+
+
+def is_path(text: str) -> bool:
+    """Whether this is a path that is there; no text, however odd, is an error."""
+    try:
+        return Path(text).exists()
+    except OSError:  # too long a name, or a folder that may not be entered
+        return False
 
 
 def split_settings(text: str) -> tuple[str, ...]:
@@ -149,18 +170,19 @@ def parse_setting(setting: str) -> tuple[str, Any]:
         raise ConfigError(f"{setting!r} is not key=value", place="--set", remedy='write SET="training.max_steps=40"')
     try:
         return key, yaml.load(value, Loader=Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError:
+    except YAML_FAULTS:
         return key, value
 
 
 def _assign(tree: Tree, keys: list[str], value: Any, dotted: str) -> Tree:
     head, *rest = keys
+    others = {key: below for key, below in tree.items() if key != head}  # so that what was set last stands last
     if not rest:
-        return {**tree, head: value}
-    below = tree.get(head, {})
+        return {**others, head: value}
+    below = {} if tree.get(head) is None else tree[head]
     if not isinstance(below, dict):
         raise ConfigError(f"{dotted} goes below {head}, which is a value", place="--set")
-    return {**tree, head: _assign(below, rest, value, dotted)}
+    return {**others, head: _assign(below, rest, value, dotted)}
 
 
 def validate(tree: Tree, origin: Mapping[str, str], place: str) -> Recipe:
@@ -202,15 +224,18 @@ def _section(field: FieldInfo) -> type[Section] | None:
 
 def _explain_first(error: ValidationError, cls: type[Recipe], origin: Mapping[str, str], place: str) -> ConfigError:
     first = error.errors()[0]
+    unknown = first["type"] == "extra_forbidden"
     dotted = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    while not unknown and not _aliases_of(dotted, cls) and "." in dotted:
+        dotted = dotted.rpartition(".")[0]  # the loc went on into a union's member or a mapping's key
     key = next((k for k in (dotted, *_aliases_of(dotted, cls)) if k in origin), dotted)
     while key and key not in origin and "." in key:
         key = key.rpartition(".")[0]
     at = origin.get(key, place)
     more = f"\n(and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
+    if unknown:
         section = dotted.rpartition(".")[0]
-        hint = nearest(dotted, [name for name, _ in fields(cls)])
+        hint = _nearest_field(dotted, cls)
         listing = f"`invoke explain {section or 'recipe'}` lists its fields"
         return ConfigError(f"{dotted} is not a field", place=at, remedy="\n".join(filter(None, [hint, listing])) + more)
     message = first["msg"].removeprefix("Value error, ")
@@ -231,6 +256,15 @@ def _aliases_of(dotted: str, cls: type[Section]) -> list[str]:
     return [f"{section}.{name}" if section else name for name in names]
 
 
+def _nearest_field(dotted: str, cls: type[Section]) -> str:
+    """A field of that name in another section, else the one whose name is nearest; for a section, a section."""
+    names = [name for name, _ in fields(cls)]
+    section, _, leaf = dotted.rpartition(".")
+    same = [name for name in names if name.rpartition(".")[2] == leaf]
+    sections = [name for name in cls.model_fields if not section]
+    return nearest(dotted, same) or nearest(dotted, sections, cutoff=0.7) or nearest(dotted, names)
+
+
 def fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every dotted field of a section, depth first."""
     for name, field in cls.model_fields.items():
@@ -241,7 +275,7 @@ def fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInf
             yield prefix + name, field
 
 
-def nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Any, *, cutoff: float = 0.5) -> str:
     """`did you mean x?`, or nothing where no known word is near."""
-    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=cutoff)
     return f"did you mean {close[0]}?" if close else ""

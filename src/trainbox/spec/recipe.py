@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -17,7 +26,13 @@ class Section(BaseModel):
     """A part of a recipe."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_name=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_by_name=True,
+        validate_default=True,  # a default of 16 in a float field is 16.0, as it will be when read back from JSON
+        allow_inf_nan=False,
+        protected_namespaces=(),
     )
 
 
@@ -174,7 +189,7 @@ class Training(Section):
     """Stop after this many evaluations without a better metric."""
     dataloader_num_workers: NonNegativeInt = 0
     """Processes that load data."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of everything random."""
     deterministic: bool = True
     """Prefer deterministic kernels, so that a run can be repeated bit for bit."""
@@ -236,4 +251,3 @@ class SftRecipe(Recipe):
 
 RECIPES: dict[str, type[Recipe]] = {"sft": SftRecipe}
 """By task; a new training method adds its recipe here and its function in `container/__main__.py`."""
-

@@ -1,0 +1,336 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from trainbox.errors import ConfigError
+from trainbox.spec.load import Choices, fields, load_recipe, merge, nearest, parse_setting, split_settings
+from trainbox.spec.recipe import RECIPES, Recipe, SftRecipe
+
+RECIPE_FOLDERS = sorted(path.parent for path in Path("recipes").glob("*/recipe.yaml"))
+
+
+def test_there_are_shipped_recipes():
+    assert RECIPE_FOLDERS
+
+
+@pytest.mark.parametrize("folder", RECIPE_FOLDERS, ids=lambda folder: folder.name)
+def test_every_shipped_recipe_and_profile_loads(folder):
+    profiles = yaml.safe_load((folder / "recipe.yaml").read_text()).get("profiles", {})
+    assert "tiny" in profiles
+    for profile in ("", *profiles):
+        assert load_recipe(folder, Choices(recipe=folder.name, profile=profile))
+
+
+def test_every_field_tells_its_meaning():
+    for cls in RECIPES.values():
+        assert not [name for name, field in fields(cls) if name != "task" and not field.description]
+
+
+def test_what_is_not_written_has_the_default(load):
+    assert load("task: sft\n") == SftRecipe()
+
+
+def test_a_loaded_recipe_cannot_be_changed(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load("task: sft\n").lora.r = 3
+
+
+# --- overrides: recipe < profile < MODEL=, DATA= < SET=
+
+
+def test_a_profile_overrides_the_recipe_and_settings_override_both(load):
+    text = "task: sft\nlora: {r: 1, alpha: 1, dropout: 0.5}\nprofiles: {tiny: {lora: {r: 2, alpha: 2}}}\n"
+    lora = load(text, "lora.r=3", profile="tiny").lora
+    assert (lora.r, lora.alpha, lora.dropout) == (3, 2, 0.5)
+
+
+def test_a_profile_that_is_not_asked_for_changes_nothing(load):
+    assert load("task: sft\nprofiles: {tiny: {lora: {r: 2}}}\n").lora.r == SftRecipe().lora.r
+
+
+def test_model_replaces_the_pins_of_the_recipes_model(load):
+    model = load("task: sft\nmodel: {name: a/b, revision: v1, sha256: abc, dtype: float16}\n", model="c/d").model
+    assert (model.name, model.revision, model.sha256, model.dtype) == ("c/d", None, None, "float16")
+
+
+def test_model_and_data_may_name_a_revision(load):
+    recipe = load("task: sft\n", model="c/d@v2", data="e/f@main")
+    assert (recipe.model.name, recipe.model.revision) == ("c/d", "v2")
+    assert (recipe.data.path, recipe.data.revision) == ("e/f", "main")
+
+
+def test_a_path_with_an_at_sign_that_exists_is_no_revision(load, tmp_path):
+    (tmp_path / "me@home").mkdir()
+    recipe = load("task: sft\n", model=str(tmp_path / "me@home"), data=str(tmp_path / "me@home"))
+    assert recipe.model.name == recipe.data.path == str(tmp_path / "me@home")
+    assert recipe.model.revision is recipe.data.revision is None
+
+
+def test_data_replaces_the_recipes_validation_file(load):
+    data = load("task: sft\ndata: {path: a, validation_file: b, test_file: c, max_length: 7}\n", data="mine").data
+    assert (data.path, data.validation_file, data.test_file, data.max_length) == ("mine", None, None, 7)
+
+
+@pytest.mark.parametrize(
+    ("setting", "section", "name", "value"),
+    [
+        ("lora.r=8", "lora", "r", 8),
+        ("training.learning_rate=2e-4", "training", "learning_rate", 2e-4),
+        ("training.learning_rate=1.5E-05", "training", "learning_rate", 1.5e-5),
+        ("lora.target_modules=[q_proj,v_proj]", "lora", "target_modules", ["q_proj", "v_proj"]),
+        ("lora.target_modules=all-linear", "lora", "target_modules", "all-linear"),
+        ("lora.target_modules=.*[qk]_proj", "lora", "target_modules", ".*[qk]_proj"),
+        ("training.report_to=[tensorboard]", "training", "report_to", ["tensorboard"]),
+        ("training.bf16=true", "training", "bf16", True),
+        ("training.save_total_limit=null", "training", "save_total_limit", None),
+        ("data.columns={instruction: question}", "data", "columns", {"instruction": "question"}),
+        ("data.path=a=b", "data", "path", "a=b"),
+        ("data.path=no", "data", "path", "no"),
+        ("model.revision=2024-01-01", "model", "revision", "2024-01-01"),
+    ],
+)
+def test_a_setting_is_read_as_yaml(load, setting, section, name, value):
+    assert getattr(getattr(load("task: sft\n", setting), section), name) == value
+
+
+def test_a_setting_may_hold_spaces_and_lists(load):
+    settings = split_settings("""lora.r=8 data.path='my data' sample.prompts='["What is it?", "Who?"]'""")
+    recipe = load("task: sft\n", *settings)
+    assert (recipe.lora.r, recipe.data.path) == (8, "my data")
+    assert recipe.sample.prompts == ["What is it?", "Who?"]
+
+
+def test_a_setting_fills_a_section_that_is_there_but_empty(load):
+    assert load("task: sft\nlora:\n", "lora.r=8").lora.r == 8
+
+
+@pytest.mark.parametrize(
+    ("given_as", "section", "name"),
+    [
+        ("batch_size", "training", "per_device_train_batch_size"),
+        ("num_epochs", "training", "num_train_epochs"),
+        ("evaluation_strategy", "training", "eval_strategy"),
+        ("lora_alpha", "lora", "alpha"),
+        ("lora_dropout", "lora", "dropout"),
+    ],
+)
+def test_common_names_of_a_field_are_understood(load, given_as, section, name):
+    value = {"eval_strategy": "epoch", "dropout": 0.5}.get(name, 7)
+    assert getattr(getattr(load(f"task: sft\n{section}: {{{given_as}: {value}}}\n"), section), name) == value
+
+
+@pytest.mark.parametrize("setting", ["training.batch_size=8", "training.per_device_train_batch_size=8"])
+def test_a_setting_wins_whatever_names_the_recipe_and_its_profile_use(load, setting):
+    text = """
+task: sft
+training: {batch_size: 2, seed: 1}
+profiles:
+  tiny: {training: {per_device_train_batch_size: 4}}
+  other: {training: {batch_size: 4}}
+"""
+    for profile in ("", "tiny", "other"):
+        assert load(text, setting, profile=profile).training.per_device_train_batch_size == 8
+    assert load(text, profile="tiny").training.per_device_train_batch_size == 4
+
+
+def test_merge_goes_key_by_key_and_changes_neither_side():
+    base, over = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"c": 3}, "d": [2]}
+    assert merge(base, over) == {"a": {"b": 1, "c": 3}, "d": [2]}
+    assert base == {"a": {"b": 1, "c": 2}, "d": [1]}
+
+
+# --- faults: place, fault, remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lora.rank", "lora.r"),
+        ("trainng", "training"),
+        ("training.learning_rat", "training.learning_rate"),
+        ("learning_rate", "training.learning_rate"),
+        ("training.max_length", "data.max_length"),
+        ("modle.name", "model"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(load, refuses, key, meant):
+    with refuses(2, f"did you mean {meant}?", "is not a field", "invoke explain"):
+        load("task: sft\n", f"{key}=1")
+
+
+def test_an_unknown_key_is_told_with_its_line(load, refuses):
+    with refuses(2, "recipes/demo/recipe.yaml:4: lora.rank is not a field", "did you mean lora.r?"):
+        load("task: sft\nlora:\n  r: 8\n  rank: 8\n")
+
+
+def test_an_unknown_key_in_a_profile_is_told_with_its_line(load, refuses):
+    with refuses(2, "recipes/demo/recipe.yaml:5: lora.rank is not a field"):
+        load("task: sft\nprofiles:\n  tiny:\n    lora:\n      rank: 8\n", profile="tiny")
+
+
+def test_an_unknown_key_in_a_setting_is_told_with_the_setting(load, refuses):
+    with refuses(2, "--set lora.rank: lora.rank is not a field"):
+        load("task: sft\nlora:\n  r: 8\n", "lora.rank=8")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("task: sft\nlora:\n  r: eight\n", ("recipe.yaml:3", "lora.r: ", "integer", "'eight'")),
+        ("task: sft\nlora:\n  r: 0\n", ("recipe.yaml:3", "lora.r: ", "greater than 0")),
+        ("task: sft\nlora:\n  dropout: 1.5\n", ("recipe.yaml:3", "lora.dropout", "less than 1")),
+        ("task: sft\nlora: 3\n", ("recipe.yaml:2", "lora: ")),
+        ("task: sft\nlora:\n", ("recipe.yaml:2", "lora: ")),
+        (
+            "task: sft\nlora:\n  target_modules: 3\n",
+            ("recipe.yaml:3: lora.target_modules: ", "explain lora.target_modules`"),
+        ),
+        ("task: sft\nlora:\n  lora_alpha: x\n", ("recipe.yaml:3", "alpha")),
+        ("task: sft\ntraining:\n  batch_size: x\n", ("recipe.yaml:3", "batch_size")),
+        ("task: sft\npeft:\n  method: qlra\n", ("recipe.yaml:3", "peft.method", "'qlora'")),
+        ("task: sft\ndata:\n  columns: {instruction: 3}\n", ("recipe.yaml:3", "data.columns")),
+        ("task: sft\ntraining:\n  report_to: [wandb, slack]\n", ("recipe.yaml:3", "training.report_to", "'slack'")),
+        ("task: sft\ntraining: {bf16: true, fp16: true}\n", ("recipe.yaml:2", "bf16 and fp16 cannot both be true")),
+        ("task: sft\ntraining:\n  learning_rate: .inf\n", ("recipe.yaml:3", "finite")),
+        ("task: sft\ntraining:\n  seed: 99999999999\n", ("recipe.yaml:3", "training.seed")),
+        ("task: sft\nlora: {r: a, alpha: b}\n", ("recipe.yaml:2", "(and 1 more)")),
+        ("task: sft\nlora: {r: 1, r: 2}\n", ("recipe.yaml:2", "lora.r is given twice")),
+        ("task: sft\nlora:\n  r: 1\ntask: sft\n", ("recipe.yaml:4", "task is given twice")),
+        ("task: stf\n", ("recipe.yaml:1", "task 'stf' is not known", "did you mean sft?")),
+        ("lora: {r: 1}\n", ("task is missing", "tasks: sft")),
+        ("", ("holds no `key: value` lines",)),
+        ("- a\n- b\n", ("holds no `key: value` lines",)),
+        ("task: sft\n  lora: [\n", ("recipe.yaml:2", "is not YAML")),
+        ("task: sft\nlora: \x07\n", ("is not YAML",)),
+        ("task: sft\nlora: {r: !!int ''}\n", ("is not YAML",)),
+        ("task: sft\nlora: {r: 2001-99-99}\n", ("recipe.yaml:2", "lora.r: ", "'2001-99-99'")),
+        ("task: sft\nlora: {r: !!timestamp 2001-99-99}\n", ("is not YAML",)),
+        ("task: sft\nlora: !!python/object:os.system {}\n", ("recipe.yaml:2", "is not YAML")),
+        ("task: sft\nlora: &me {r: *me}\n", ("recipe.yaml",)),
+        ("task: sft\nprofiles: 3\n", ("profiles: must hold",)),
+        ("task: sft\nprofiles: {tiny: 3}\n", ("profiles.tiny: must hold",)),
+        (b"task: sft # caf\xe9\n", ("is not UTF-8",)),
+        ("task: sft\n".encode("utf-16"), ("is not UTF-8",)),
+    ],
+)
+def test_a_faulty_recipe_is_refused_with_its_place(load, refuses, text, words):
+    with refuses(2, "recipes/demo/recipe.yaml", *words):
+        load(text)
+
+
+@pytest.mark.parametrize("text", ["\ufefftask: sft\n", "task: sft\r\nlora:\r\n  r: 8\r\n"])
+def test_a_recipe_written_on_windows_loads(load, text):
+    assert load(text).task == "sft"
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path, refuses):
+    with refuses(2, "recipes/none/recipe.yaml", "cannot be read", "No such file"):
+        load_recipe(tmp_path / "none", Choices(recipe="none"))
+
+
+def test_an_unknown_profile_names_the_nearest_or_all(load, refuses):
+    text = "task: sft\nprofiles: {tiny: {}, 7b: {}, 8: {}}\n"
+    with refuses(2, "there is no profile 'tyni'", "did you mean tiny?"):
+        load(text, profile="tyni")
+    with refuses(2, "there is no profile 'zzz'", "profiles: tiny, 7b, 8"):
+        load(text, profile="zzz")
+    with refuses(2, "profiles: none"):
+        load("task: sft\n", profile="tiny")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("lora.r", ("'lora.r' is not key=value", 'SET="training.max_steps=40"')),
+        ("=8", ("is not key=value",)),
+        ("lora.r.x=8", ("lora.r.x goes below",)),
+        ("lora.r=", ("--set lora.r", "lora.r: ")),
+        ("lora.r=2001-99-99", ("--set lora.r", "lora.r: ")),
+        ("task=dance", ("--set task", "task 'dance' is not known")),
+        ("lora=8", ("--set lora",)),
+        ("profiles.tiny=8", ("profiles",)),
+    ],
+)
+def test_a_faulty_setting_is_refused(load, refuses, setting, words):
+    with refuses(2, "--set", *words):
+        load("task: sft\nlora: {r: 1}\n", setting)
+
+
+def test_settings_with_an_open_quote_are_refused(refuses):
+    with refuses(2, "--set", "cannot be split", "SET="):
+        split_settings("a.b='x c.d=2")
+
+
+def test_nothing_near_gives_no_suggestion():
+    assert nearest("zzzzzz", ["lora.r", 3]) == ""
+
+
+# --- whatever is written, it loads or is refused
+
+KEYS = st.sampled_from(
+    ["task", "profiles", "tiny", "<<", *dict(fields(SftRecipe)), "lora", "r", "data", "columns", "training"]
+)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["sft", "tiny"])
+)
+TREES = st.dictionaries(
+    KEYS | SCALARS,
+    st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(KEYS | SCALARS, x, max_size=4)),
+    max_size=5,
+)
+YAMLISH = st.text(st.sampled_from("task:sft \n-[]{},&*a!?|>'\"#%@\\\t0x\ufeff\x00\x85"), max_size=40)
+
+
+def loads_or_refuses(load, text, *settings, **choices):
+    try:
+        assert isinstance(load(text, *settings, **choices), Recipe)
+    except ConfigError as error:
+        assert error.fault
+
+
+@given(text=st.text() | YAMLISH | YAMLISH.map("task: sft\n".__add__))
+@example(text="[" * 5000)
+@example(text="task: sft\nx: " + "[" * 5000)
+@example(text="task: sft\n1: 2\n")
+@example(text="task: sft\n? [a, b]\n: 2\n")
+@example(text="task: sft\nlora: &me {r: 1, me: *me}\n")
+@example(text='task: sft\ndescription: "\\ud800"\n')
+def test_any_text_as_a_recipe_loads_or_is_refused(load, text):
+    loads_or_refuses(load, text.encode("utf-8", "surrogatepass"))
+
+
+@given(data=st.binary())
+def test_any_bytes_as_a_recipe_load_or_are_refused(load, data):
+    loads_or_refuses(load, data)
+
+
+@given(tree=TREES, profile=st.sampled_from(["", "tiny"]))
+def test_any_tree_as_a_recipe_loads_or_is_refused(load, tree, profile):
+    loads_or_refuses(load, yaml.safe_dump({"task": "sft", **tree}), profile=profile)
+
+
+@given(keys=st.lists(KEYS | st.text(max_size=5), max_size=3), value=st.text() | YAMLISH)
+@example(keys=["lora.r"], value="!!int ''")
+@example(keys=["lora.r"], value="!!timestamp x")
+@example(keys=["lora.r"], value="[" * 5000)
+@example(keys=["lora.r"], value="&a [*a]")
+@example(keys=["", ""], value="")
+def test_any_setting_loads_or_is_refused(load, keys, value):
+    setting = f"{'.'.join(keys)}={value}"
+    loads_or_refuses(load, "task: sft\nlora: {r: 1}\n", setting)
+    try:
+        for part in split_settings(setting):
+            parse_setting(part)
+    except ConfigError as error:
+        assert error.fault
+
+
+@given(name=st.text())
+@example(name="x" * 5000)
+@example(name="\0")
+@example(name="a\0@b")
+def test_any_model_and_data_name_loads_or_is_refused(load, name):
+    loads_or_refuses(load, "task: sft\n", model=name, data=name)
