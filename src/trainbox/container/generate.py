@@ -52,7 +52,9 @@ def load_trained(folder: Path) -> tuple[Any, Any]:
 
     adapter = folder / "adapter_config.json"
     if not adapter.exists() and not (folder / "config.json").exists():
-        raise ConfigError("holds neither a model nor an adapter", place=folder.name, remedy="try CHECKPOINT=output/final")
+        raise ConfigError(
+            "holds neither a model nor an adapter", place=folder.name, remedy="try CHECKPOINT=output/final"
+        )
     dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     base = box(BOX_MODEL) if adapter.exists() else folder
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 from trainbox.container import trainer as shared
 from trainbox.container.generate import answer
 from trainbox.container.prepare import prepared
 from trainbox.container.report import emit
-from trainbox.container.text import load_tokenizer
+from trainbox.container.text import IGNORED, load_tokenizer
 from trainbox.errors import ConfigError
 from trainbox.spec.recipe import SftRecipe
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, RunSpec, box
@@ -91,12 +90,11 @@ def _quantization(recipe: SftRecipe, compute: torch.dtype) -> BitsAndBytesConfig
 
 
 class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer without its per-step entropy and accuracy, which cost more than the step of a small model."""
+    """TRL's trainer with a loss of its own: TRL's entropy and accuracy cost more than a small model's whole step."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        add_fused_lm_head(base, outputs=("log_probs",))
         if base is not self.model:
             # TRL casts the adapter of a quantised base to bfloat16, where small updates of AdamW round to nothing.
             for parameter in self.model.parameters():
@@ -107,9 +105,17 @@ class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean negative log-likelihood of the learned tokens; logits are computed for these alone."""
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = -outputs.log_probs.sum() / torch.as_tensor(count, device=outputs.log_probs.device).clamp(min=1)
+        following = inputs.pop("labels")[:, 1:]
+        learned = following != IGNORED
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        # Before the head, keep the hidden states (batch, length, hidden) whose next token is learned: (count, hidden).
+        hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][learned],))
+        try:
+            outputs = model(**inputs, use_cache=False)
+        finally:
+            hook.remove()
+        loss = torch.nn.functional.cross_entropy(outputs.logits.float(), following[learned], reduction="sum")
+        loss = loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -143,7 +149,7 @@ def build_trainer(
             raise
         known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         fault = f"{recipe.lora.target_modules} match no module of {recipe.model.name}"
-        remedy = f"its linear modules: {', '.join(known)}\nor SET=\"lora.target_modules=all-linear\""
+        remedy = f'its linear modules: {", ".join(known)}\nor SET="lora.target_modules=all-linear"'
         raise ConfigError(fault, place="lora.target_modules", remedy=remedy) from None
     _tell_parameters(trainer.model)
     return trainer

@@ -79,7 +79,9 @@ def fill_model(recipe: Recipe, folder: Path) -> None:
         from huggingface_hub import snapshot_download
 
         emit("stage", text=f"downloading {name}")
-        snapshot_download(name, revision=recipe.model.revision, local_dir=folder, ignore_patterns=["*.bin", "*.gguf", "original/*"])
+        snapshot_download(
+            name, revision=recipe.model.revision, local_dir=folder, ignore_patterns=["*.bin", "*.gguf", "original/*"]
+        )
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "mount the model: -v FOLDER:/model:ro"

@@ -112,6 +112,8 @@ class Encoder:
 def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
     if len(spans) == 1:
         first, end = spans[0]
-        return [token if start >= first and start < end else IGNORED for token, (start, _) in zip(ids, offsets, strict=True)]
+        return [
+            token if start >= first and start < end else IGNORED for token, (start, _) in zip(ids, offsets, strict=True)
+        ]
     inside = [any(first <= start < end for first, end in spans) for start, _ in offsets]
     return [token if keep else IGNORED for token, keep in zip(ids, inside, strict=True)]

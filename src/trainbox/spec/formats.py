@@ -6,14 +6,14 @@ Formats: alpaca, prompt-completion, chat (OpenAI), sharegpt, text.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
 from trainbox.errors import DataError
 from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Data
-from trainbox.spec.rows import Row
+from trainbox.spec.rows import Row, parse_json
 
 Message = dict[str, Any]
 Example = dict[str, Any]
@@ -40,17 +40,16 @@ def find_format(columns: Collection[str], data: Data, place: str) -> str:
         if set(COLUMNS[name]) <= present:
             return name
     if data.format != "auto":
-        missing = [column for column in COLUMNS[data.format] if column not in present]
-        hint = nearest(missing[0], columns)
-        renaming = f'name yours: SET="data.columns={{{missing[0]}: YOUR_COLUMN}}"'
-        raise DataError(
-            f"has no column {missing[0]!r}, which format {data.format} needs", place=place, remedy=f"{hint}\n{renaming}"
-        )
-    known = "\n".join(f"{name}: {', '.join(columns)}" for name, columns in COLUMNS.items())
+        missing = next(column for column in COLUMNS[data.format] if column not in present)
+        renaming = f"name yours: SET=\"data.columns='{{{missing}: YOUR_COLUMN}}'\""
+        fault = f"has no column {missing!r}, which format {data.format} needs"
+        raise DataError(fault, place=place, remedy=f"{nearest(missing, columns)}\n{renaming}".strip())
+    known = "\n".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
+    renaming = "SET=\"data.columns='{instruction: question, output: answer}'\""
     raise DataError(
-        f"columns {', '.join(map(repr, columns))} fit no known format",
+        f"columns {', '.join(map(repr, columns)) or '(none)'} fit no known format",
         place=place,
-        remedy=f'one of these is needed:\n{known}\nor name yours: SET="data.columns={{instruction: question, output: answer}}"',
+        remedy=f"one of these is needed:\n{known}\nor name yours: {renaming}",
     )
 
 
@@ -64,23 +63,30 @@ def to_example(row: Row, format: str, columns: dict[str, str], place: str) -> Ex
 
 def _alpaca(row: Row, place: str) -> Example:
     question = _text(row, "instruction", place)
-    if row.get("input"):
-        question = f"{question}\n\n{_text(row, 'input', place)}"
-    messages = [{"role": "system", "content": _text(row, "system", place)}] if row.get("system") else []
-    for turn in _parsed(row.get("history")) or []:
-        if not (isinstance(turn, list) and len(turn) == 2):
-            raise DataError("history must be a list of [question, answer]", place=place)
-        messages += [{"role": "user", "content": str(turn[0])}, {"role": "assistant", "content": str(turn[1])}]
+    if more := _optional(row, "input", place):
+        question = f"{question}\n\n{more}"
+    messages = _system(row, place)
+    history = _parsed(row.get("history")) or []
+    if not (isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)):
+        raise DataError("history must be a list of [question, answer]", place=place)
+    for turn in history:
+        asked, answered = (_text({"history": said}, "history", place) for said in turn)
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     messages.append({"role": "user", "content": question})
     return {"messages": [*messages, {"role": "assistant", "content": _answer(row, "output", place)}]}
 
 
 def _prompt_completion(row: Row, place: str) -> Example:
     prompt, completion = _parsed(row.get("prompt")), _parsed(row.get("completion"))
-    if isinstance(prompt, list) and isinstance(completion, list):
+    if _is_chat(prompt) and _is_chat(completion):
         return _chat({**row, "messages": [*prompt, *completion]}, place)
     answer = {"role": "assistant", "content": _answer(row, "completion", place)}
     return {"messages": [{"role": "user", "content": _text(row, "prompt", place)}, answer]}
+
+
+def _is_chat(value: Any) -> bool:
+    """Messages, not just any list: a prompt may well be a JSON text."""
+    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
 
 
 def _chat(row: Row, place: str) -> Example:
@@ -100,20 +106,34 @@ def _message(message: Any, index: int, place: str) -> Message:
         hint = nearest(str(role), ROLES)
         raise DataError(f"role {role!r} is not known", place=at, remedy=f"{hint}\nroles: {', '.join(ROLES)}".strip())
     kept = {key: value for key, value in message.items() if value is not None}
-    if not kept.get("tool_calls"):
-        kept.pop("tool_calls", None)
+    calls = kept.pop("tool_calls", None)
+    if calls:
+        kept["tool_calls"] = _tool_calls(calls, at)
     if not isinstance(kept.get("content", ""), str | list):
         raise DataError(f"content must be text, not {type(kept['content']).__name__}", place=at)
     return {"content": "", **kept}
+
+
+def _tool_calls(calls: Any, place: str) -> list[Any]:
+    """Calls with arguments as an object: OpenAI's are JSON text, which chat templates would quote once more."""
+    fault = DataError("tool_calls must be a list of {function: {name, arguments}}", place=place)
+    if not isinstance(calls, list):
+        raise fault
+    out = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise fault
+        function = {**function, "arguments": _parsed(function.get("arguments") or {})}
+        out.append({"type": "function", **({} if function.keys() == call.keys() else call), "function": function})
+    return out
 
 
 def _sharegpt(row: Row, place: str) -> Example:
     turns = _parsed(row.get("conversations"))
     if not isinstance(turns, list) or not turns:
         raise DataError("conversations must be a list of {from, value}", place=place)
-    messages: list[Message] = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": _text(row, "system", place)})
+    messages = _system(row, place)
     for index, turn in enumerate(turns):
         messages.append(_sharegpt_turn(turn, f"{place}: conversations[{index}]"))
     return _with_tools(_checked(messages, place), row, place)
@@ -132,7 +152,7 @@ def _sharegpt_turn(turn: Any, place: str) -> Message:
     call = _parsed(value)
     if not isinstance(call, dict) or "name" not in call:
         raise DataError('a function_call must be JSON: {"name": ..., "arguments": ...}', place=place)
-    return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    return {"role": role, "content": "", "tool_calls": _tool_calls([{"function": call}], place)}
 
 
 def _plain_text(row: Row, place: str) -> Example:
@@ -143,9 +163,13 @@ def _checked(messages: list[Message], place: str) -> Example:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise DataError("no message has role assistant, so there is nothing to learn", place=place)
-    if any(not message["content"] and not message.get("tool_calls") for message in answers):
+    if any(_is_blank(message["content"]) and not message.get("tool_calls") for message in answers):
         raise DataError("an assistant message is empty", place=place, remedy="remove the row or give it an answer")
     return {"messages": messages}
+
+
+def _is_blank(content: str | list[Any]) -> bool:
+    return not (content.strip() if isinstance(content, str) else content)
 
 
 def _with_tools(example: Example, row: Row, place: str) -> Example:
@@ -160,13 +184,23 @@ def _with_tools(example: Example, row: Row, place: str) -> Example:
 def _text(row: Row, column: str, place: str, *, empty: bool = False) -> str:
     value = row.get(column)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+        value = "" if math.isnan(value) else str(value)
     if not isinstance(value, str):
         fault = "is absent" if column not in row else f"must be text, not {type(value).__name__}"
         raise DataError(f"column {column!r} {fault}", place=place)
     if not value.strip() and not empty:
         raise DataError(f"column {column!r} is empty", place=place, remedy="fill it or remove the row")
     return value
+
+
+def _optional(row: Row, column: str, place: str) -> str:
+    """A column that may be absent, null or blank."""
+    return "" if row.get(column) is None else _text(row, column, place, empty=True).strip() and _text(row, column, place)
+
+
+def _system(row: Row, place: str) -> list[Message]:
+    system = _optional(row, "system", place)
+    return [{"role": "system", "content": system}] if system else []
 
 
 def _answer(row: Row, column: str, place: str) -> str:
@@ -179,10 +213,10 @@ def _answer(row: Row, column: str, place: str) -> str:
 
 def _parsed(value: Any) -> Any:
     """Lists and objects often travel as JSON text inside a CSV or Parquet column."""
-    if isinstance(value, str) and value[:1] in ("[", "{"):
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError:
+            return parse_json(value)
+        except ValueError:
             return value
     return value
 
