@@ -81,13 +81,13 @@ def _split_name(path: Path) -> str:
 def read_examples(files: list[Path], data: Data, counts: Counter[str] | None = None) -> Iterator[tuple[str, Example]]:
     """Every row of the files, checked and in the one shape of formats.py, with its place."""
     for path in files:
-        format = ""
+        name = ""
         for place, row in read_rows(path):
-            if not format or (data.format == "auto" and not row.keys() & set(COLUMNS[format])):
-                format = find_format(row.keys(), data, place)
+            if not name or (data.format == "auto" and not row.keys() & set(COLUMNS[name])):
+                name = find_format(row.keys(), data, place)
             if counts is not None:
-                counts[format] += 1
-            yield place, to_example(row, format, data.columns, place)
+                counts[name] += 1
+            yield place, to_example(row, name, data.columns, place)
 
 
 def check(recipe: Recipe, splits: Splits, on_row: Callable[[int], None] = lambda count: None) -> DataFacts:

@@ -53,12 +53,12 @@ def find_format(columns: Collection[str], data: Data, place: str) -> str:
     )
 
 
-def to_example(row: Row, format: str, columns: dict[str, str], place: str) -> Example:
-    """A row in the one shape. Raises DataError for what cannot be learned from: no answer, an unknown role."""
+def to_example(row: Row, name: str, columns: dict[str, str], place: str) -> Example:
+    """A row of the format `name` in the one shape. Raises DataError for what cannot be learned from: no answer, an unknown role."""
     for ours, theirs in columns.items():
         if theirs in row:
             row = {**row, ours: row[theirs]}
-    return CONVERTERS[format](row, place)
+    return CONVERTERS[name](row, place)
 
 
 def _alpaca(row: Row, place: str) -> Example:
@@ -119,14 +119,15 @@ def _tool_calls(calls: Any, place: str) -> list[Any]:
     fault = DataError("tool_calls must be a list of {function: {name, arguments}}", place=place)
     if not isinstance(calls, list):
         raise fault
-    out = []
+    made = []
     for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
+        wrapped = call if isinstance(call, dict) and "function" in call else {"function": call}
+        function = wrapped["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise fault
-        function = {**function, "arguments": _parsed(function.get("arguments") or {})}
-        out.append({"type": "function", **({} if function.keys() == call.keys() else call), "function": function})
-    return out
+        arguments = _parsed(function.get("arguments") or {})
+        made.append({"type": "function", **wrapped, "function": {**function, "arguments": arguments}})
+    return made
 
 
 def _sharegpt(row: Row, place: str) -> Example:
@@ -195,7 +196,8 @@ def _text(row: Row, column: str, place: str, *, empty: bool = False) -> str:
 
 def _optional(row: Row, column: str, place: str) -> str:
     """A column that may be absent, null or blank."""
-    return "" if row.get(column) is None else _text(row, column, place, empty=True).strip() and _text(row, column, place)
+    value = "" if row.get(column) is None else _text(row, column, place, empty=True)
+    return value if value.strip() else ""
 
 
 def _system(row: Row, place: str) -> list[Message]:
