@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,15 +12,17 @@ from pathlib import Path
 
 from trainbox.errors import DataError
 from trainbox.spec.formats import COLUMNS, Example, find_format, to_example
+from trainbox.spec.load import is_path
 from trainbox.spec.recipe import Data, Recipe, SftRecipe
 from trainbox.spec.rows import READERS, read_rows
 
 Splits = dict[str, list[Path]]
 SPLIT_NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test",),
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
 }
+"""Words in a file's or folder's name that say which split it is."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def find_splits(data: Data, folder: Path) -> Splits:
     splits = _splits_of(resolve(data.path, folder))
     for split, name in (("validation", data.validation_file), ("test", data.test_file)):
         if name:
-            splits[split] = _splits_of(resolve(name, folder))["train"]
+            splits[split] = [file for files in _splits_of(resolve(name, folder)).values() for file in files]
     if not splits.get("train"):
         raise DataError("holds no training file", place=data.path, remedy="name one train.jsonl, or set DATA=")
     return splits
@@ -49,9 +53,9 @@ def find_splits(data: Data, folder: Path) -> Splits:
 
 def resolve(path: str, folder: Path) -> Path:
     """A path as the person means it: from where they stand, else from `folder`."""
-    here = Path(path).expanduser()
-    found = here if here.is_absolute() or here.exists() else folder / here
-    if not found.exists():
+    here = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for a user who is not there)
+    found = here if here.is_absolute() or is_path(str(here)) else folder / here
+    if not is_path(str(found)):
         raise DataError("there is no such file or folder", place=path, remedy="check DATA= (or data.path)")
     return found.resolve()
 
@@ -59,8 +63,8 @@ def resolve(path: str, folder: Path) -> Path:
 def _splits_of(path: Path) -> Splits:
     if path.is_file():
         return {"train": [path]}
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
-    files = [file for file in files if file.name.lower() != "readme.md" and not file.name.startswith(".")]
+    known = (file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
+    files = sorted(file for file in known if not _is_aside(file.relative_to(path)))
     if not files:
         fault = "the folder holds no data file"
         raise DataError(fault, place=str(path), remedy=f"known endings: {' '.join(READERS)}")
@@ -70,10 +74,16 @@ def _splits_of(path: Path) -> Splits:
     return splits
 
 
+def _is_aside(path: Path) -> bool:
+    """A readme, or hidden, as the files that notebooks and version control leave are."""
+    return path.name.lower() == "readme.md" or any(part.startswith(".") for part in path.parts)
+
+
 def _split_name(path: Path) -> str:
     for part in (path.stem, *path.parts[:-1]):
-        for split, prefixes in SPLIT_NAMES.items():
-            if part.lower().startswith(prefixes):
+        words = re.split(r"[^a-z]+", part.lower())
+        for split, names in SPLIT_NAMES.items():
+            if set(words) & set(names):
                 return split
     return "train"
 
@@ -81,10 +91,11 @@ def _split_name(path: Path) -> str:
 def read_examples(files: list[Path], data: Data, counts: Counter[str] | None = None) -> Iterator[tuple[str, Example]]:
     """Every row of the files, checked and in the one shape of formats.py, with its place."""
     for path in files:
-        name = ""
+        name, needed = "", set[str]()
         for place, row in read_rows(path):
-            if not name or (data.format == "auto" and not row.keys() & set(COLUMNS[name])):
+            if not name or (data.format == "auto" and not row.keys() & needed):
                 name = find_format(row.keys(), data, place)
+                needed = {data.columns.get(column, column) for column in COLUMNS[name]}
             if counts is not None:
                 counts[name] += 1
             yield place, to_example(row, name, data.columns, place)
@@ -112,7 +123,9 @@ def check(recipe: Recipe, splits: Splits, on_row: Callable[[int], None] = lambda
     return DataFacts(hash=hash_splits(splits), rows=rows, formats=dict(counts))
 
 
-READ = {SftRecipe: read_examples}
+READ: dict[type[Recipe], Callable[[list[Path], Data, Counter[str]], Iterator[tuple[str, Example]]]] = {
+    SftRecipe: read_examples
+}
 """The reader of each kind of recipe's rows."""
 
 

@@ -99,7 +99,7 @@ class Data(Section):
     """The training data."""
 
     path: str = "sample"
-    """A file, a folder (files named train*, validation*, test* are those splits) or a hub name; relative to the recipe."""
+    """A file, a folder (files named train, validation, test are those splits) or a hub name; relative to the recipe."""
     revision: str | None = None
     """Hub branch, tag or commit of a data set named by its hub name."""
     validation_file: str | None = None
