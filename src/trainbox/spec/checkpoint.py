@@ -54,17 +54,19 @@ def fault_of(path: Path) -> str:
         return "does not exist"
     try:
         seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        expected = dict(seal["files"])
+        expected = [(Path(name), digest) for name, digest in seal["files"].items()]
     except FileNotFoundError:
         return "is incomplete: it was never sealed"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "is damaged: its seal cannot be read"
-    for name, digest in expected.items():
-        file = path / name
-        if not file.is_file():
+    for name, digest in expected:
+        try:
+            if hash_file(path / name) != digest:
+                return f"is damaged: {name} has changed"
+        except FileNotFoundError:
             return f"is damaged: {name} is missing"
-        if hash_file(file) != digest:
-            return f"is damaged: {name} has changed"
+        except OSError as error:
+            return f"is damaged: {name} cannot be read ({error.strerror})"
     return ""
 
 
@@ -75,7 +77,7 @@ def all_checkpoints(output: Path) -> list[Path]:
 
 def newest_complete(output: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a line for each newer one that is not."""
-    skipped = []
+    skipped: list[str] = []
     for path in reversed(all_checkpoints(output)):
         fault = fault_of(path)
         if not fault:

@@ -13,7 +13,7 @@ Event = dict[str, Any]
 
 def encode(event: Event) -> str:
     """One line for the harness."""
-    return MARK + json.dumps(event, ensure_ascii=False)
+    return MARK + json.dumps(event)  # in ASCII, which every terminal, log and pipe hands on as it is
 
 
 def decode(line: str) -> Event | None:
@@ -22,7 +22,7 @@ def decode(line: str) -> Event | None:
         return None
     try:
         event = json.loads(line[1:])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) else None
 

@@ -54,7 +54,7 @@ def find_format(columns: Collection[str], data: Data, place: str) -> str:
 
 
 def to_example(row: Row, name: str, columns: dict[str, str], place: str) -> Example:
-    """A row of this format in the one shape. Raises DataError for one that cannot be learned, such as without answer."""
+    """A row of this format in the one shape. Raises DataError for one that cannot be learned."""
     for ours, theirs in columns.items():
         if theirs in row:
             row = {**row, ours: row[theirs]}

@@ -51,10 +51,10 @@ def finished(output: Path) -> bool:
     return _read(output / RECORD).get("status") == "finished"
 
 
-def read(output: Path) -> dict[str, Any]:
+def read(output: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     """The record of a run. Raises ConfigError where there is none."""
     found = _read(output / RECORD)
-    if not found:
+    if not found and not missing_ok:
         raise ConfigError("holds no record (run.json)", place=str(output), remedy="name a run's folder: OUTPUT=...")
     return found
 
@@ -79,6 +79,13 @@ def changes(output: Path) -> list[str]:
     spec = output / "spec.json"
     if not spec.exists():
         lines.append("spec.json is missing")
-    elif hash_json(RunSpec.read(spec).model_dump(mode="json")) != found.get("spec_sha256"):
+    elif _hash_spec(spec) != found.get("spec_sha256"):
         lines.append("spec.json has changed")
     return lines
+
+
+def _hash_spec(path: Path) -> str:
+    try:
+        return hash_json(RunSpec.read(path).model_dump(mode="json"))
+    except ConfigError:
+        return "no spec any more"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class ModelSource(Section):
     """What a plain `from_pretrained` outside the box loads: the hub name or the folder."""
     revision: str | None = None
     """The commit that the hub's branch or tag stood for."""
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field(default_factory=dict)
     """sha256 by file name."""
 
     @property
@@ -37,11 +38,15 @@ class DataSource(Section):
 
     files: dict[str, list[str]]
     """Paths inside the box, by split."""
+    reference: str = ""
+    """What was asked for: a path of the host, or a hub name."""
+    revision: str | None = None
+    """The commit that the hub's branch or tag stood for."""
     hash: str
     """sha256 over every file's split, name and content."""
     rows: dict[str, int]
     """Rows by split."""
-    formats: dict[str, int] = {}
+    formats: dict[str, int] = Field(default_factory=dict)
     """Rows by format."""
 
 
@@ -49,7 +54,7 @@ class RunSpec(Section):
     """Everything a run needs to know, and what exactly made it."""
 
     version: int = 1
-    choices: dict[str, Any] = {}
+    choices: dict[str, Any] = Field(default_factory=dict)
     """What was asked for: recipe, profile, model, data, settings; asked again at resume to see what changed."""
     recipe: SerializeAsAny[Recipe]
     model: ModelSource
@@ -60,9 +65,8 @@ class RunSpec(Section):
     @field_validator("recipe", mode="before")
     @classmethod
     def _by_task(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("task") in RECIPES:
-            return RECIPES[value["task"]].model_validate(value)
-        return value
+        task = value.get("task") if isinstance(value, dict) else None
+        return RECIPES[task].model_validate(value) if isinstance(task, str) and task in RECIPES else value
 
     @property
     def identity(self) -> dict[str, str]:
@@ -71,7 +75,7 @@ class RunSpec(Section):
             "recipe": hash_json(self.recipe.model_dump(mode="json")),
             "data": self.data.hash,
             "base model": self.model.hash,
-            "image": str(self.origin.get("image", {}).get("id", "")),
+            "image": image_identity(self.origin.get("image", {})),
         }
 
     @property
@@ -94,6 +98,11 @@ class RunSpec(Section):
         except (ValidationError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise ConfigError(f"is not a run's spec: {first}", place=str(path), remedy="start a new run") from None
+
+
+def image_identity(image: Mapping[str, Any]) -> str:
+    """The same layers are the same image, wherever and whenever it was built."""
+    return hash_json(image["layers"]) if image.get("layers") else str(image.get("id", ""))
 
 
 def hash_json(value: Any) -> str:

@@ -7,11 +7,17 @@ from hypothesis import HealthCheck, settings
 
 from trainbox.errors import TrainboxError
 from trainbox.spec.load import Choices, load_recipe
-from trainbox.spec.recipe import Recipe
+from trainbox.spec.recipe import Lora, Recipe, SftRecipe
+from trainbox.spec.run import DataSource, ModelSource, RunSpec
 
 # The fuzzed functions take a folder made once: what an example leaves there, the next one overwrites.
+# The examples are the same in every run, so that a failure is the change's own.
 settings.register_profile(
-    "spec", max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "spec",
+    derandomize=True,
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("spec")
 
@@ -31,6 +37,23 @@ def refuses():
         assert not told.endswith("\n  ")
 
     return check
+
+
+@pytest.fixture
+def spec() -> Callable[..., RunSpec]:
+    """Make a run's spec, parts of it changed."""
+
+    def make(**changed):
+        parts = {
+            "choices": {"recipe": "llm-qlora", "set": ["lora.r=8"]},
+            "recipe": SftRecipe(lora=Lora(r=8), description="é"),
+            "model": ModelSource(name="a/b", reference="a/b", revision="c0ffee", files={"config.json": "1", "w": "2"}),
+            "data": DataSource(files={"train": ["/data/0/train.jsonl"]}, hash="d", rows={"train": 3}),
+            "origin": {"image": {"id": "sha256:1"}, "machine": {"cpu": 2}},
+        }
+        return RunSpec(**{**parts, **changed})
+
+    return make
 
 
 @pytest.fixture
