@@ -1,5 +1,5 @@
 # The menu: one line per verb, no logic. Values travel by environment, so quotes, spaces and $ survive.
-VALUES := RECIPE PROFILE MODEL DATA OUTPUT SET ENGINE GPUS DRY CHECKPOINT PROMPT FORCE SECTION
+VALUES := RECIPE PROFILE MODEL DATA OUTPUT SET ENGINE GPUS DRY OVERWRITE CHECKPOINT PROMPT FORCE SECTION
 $(foreach v,$(VALUES),$(eval override export $v := $$(value $v)))
 
 VENV := .venv
@@ -11,11 +11,11 @@ INVOKE := $(VENV)/bin/python -m invoke
 help: ## print this menu
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-train: setup ## train a recipe: make train [RECIPE=llm-qlora PROFILE=tiny MODEL=.. DATA=.. OUTPUT=output SET="lora.r=8" ENGINE=auto|docker|local GPUS=auto|none|all DRY=1]
-	@$(INVOKE) train --recipe "$$RECIPE" --profile "$$PROFILE" --model "$$MODEL" --data "$$DATA" --output "$$OUTPUT" --set "$$SET" --engine "$$ENGINE" --gpus "$$GPUS" --dry "$$DRY"
+train: setup ## train a recipe: make train [RECIPE=llm-qlora PROFILE=tiny MODEL=.. DATA=.. OUTPUT=output SET="lora.r=8" ENGINE=auto|docker|local GPUS=auto|none|all DRY=1 OVERWRITE=1]
+	@$(INVOKE) train --recipe "$$RECIPE" --profile "$$PROFILE" --model "$$MODEL" --data "$$DATA" --output "$$OUTPUT" --set "$$SET" --engine "$$ENGINE" --gpus "$$GPUS" --dry "$$DRY" --overwrite "$$OVERWRITE"
 
 resume: setup ## go on from the newest checkpoint: make resume [OUTPUT=output] [CHECKPOINT=output/checkpoint-500] [FORCE=1]
-	@$(INVOKE) resume --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --force "$$FORCE" --engine "$$ENGINE"
+	@$(INVOKE) resume --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --force "$$FORCE" --engine "$$ENGINE" --gpus "$$GPUS"
 
 infer: setup ## ask a trained model: make infer CHECKPOINT=output/final [PROMPT="..."]
 	@$(INVOKE) infer --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --engine "$$ENGINE"

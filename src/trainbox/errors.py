@@ -56,7 +56,7 @@ class HardwareError(TrainboxError):
     kind = "hardware"
 
 
-class Interrupted(TrainboxError):
+class Interrupted(TrainboxError):  # noqa: N818 (it is no error to the person)
     """Stopped on request, with a checkpoint that `resume` goes on from."""
 
     exit_code = INTERRUPTED

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainbox.container.report import emit, hush_libraries
-from trainbox.errors import ConfigError, HardwareError, TrainboxError, TrainingError
+from trainbox.errors import ConfigError, EngineError, HardwareError, TrainboxError, TrainingError
 from trainbox.spec import checkpoint, record
 from trainbox.spec.run import BOX_OUTPUT, RunSpec, box
 
@@ -37,7 +37,7 @@ def main() -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         known = recognise(error)
         _keep_traceback(error)
         tell(known)
@@ -58,6 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     infer.add_argument("--prompt", default="")
     infer.add_argument("--max-new-tokens", type=int, default=256)
     infer.add_argument("--checkpoint", default="/checkpoint")
+    commands.add_parser("sync-wandb", help="send to W&B what a run wrote offline")
     merge = commands.add_parser("merge", help="write adapter + base as one model to /output")
     merge.add_argument("--checkpoint", default="/checkpoint")
     model = commands.add_parser("make-model", help="make a random model, or convert a GGUF file")
@@ -115,7 +116,7 @@ def find_checkpoint(command: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from: the named one, else the newest complete one, else none."""
     output = box(BOX_OUTPUT)
     if command.resume:
-        chosen = output / command.resume
+        chosen: Path = output / command.resume
         fault = checkpoint.fault_of(chosen)
         if fault:
             raise ConfigError(fault, place=command.resume, remedy="name another checkpoint, or none for the newest")
@@ -201,7 +202,17 @@ def _make_model(command: argparse.Namespace) -> None:
     make(command.name, box(command.source) if command.source else None, box(BOX_OUTPUT))
 
 
-COMMANDS = {"train": train, "infer": _infer, "merge": _merge, "make-model": _make_model}
+def _sync_wandb(command: argparse.Namespace) -> None:
+    """The key comes by environment, into this step alone."""
+    import subprocess
+
+    runs = [str(path) for path in (box(BOX_OUTPUT) / "logs" / "wandb").glob("offline-run-*")]
+    done = subprocess.run([sys.executable, "-m", "wandb", "sync", *runs], check=False)
+    if done.returncode:
+        raise EngineError("wandb could not be reached", place="wandb", remedy="`wandb sync` in logs/wandb tries again")
+
+
+COMMANDS = {"train": train, "sync-wandb": _sync_wandb, "infer": _infer, "merge": _merge, "make-model": _make_model}
 
 if __name__ == "__main__":
     code = main()

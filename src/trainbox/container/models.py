@@ -89,9 +89,9 @@ def _byte_tokenizer() -> Any:
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token="<|begin|>",
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
+        bos_token="<|begin|>",  # noqa: S106
+        eos_token="<|end|>",  # noqa: S106
+        pad_token="<|pad|>",  # noqa: S106
         extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"],
         model_max_length=2048,
     )

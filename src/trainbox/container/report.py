@@ -17,7 +17,7 @@ def emit(event: str, **fields: Any) -> None:
     full = {"event": event, **fields}
     line = encode(full) if _FOR_HARNESS else to_text(full)
     if line:
-        print(line, file=sys.stdout, flush=True)
+        print(line, file=sys.stdout, flush=True)  # noqa: T201
 
 
 class Progress:

@@ -1,10 +1,10 @@
-"""A spec made inside the box, for an image run by hand or by a cloud: `docker run -v ...:/data -v ...:/output IMAGE`."""
+"""A spec made inside the box, for an image that a person or a cloud runs by hand: `docker run -v ... IMAGE`."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from trainbox.container.report import Progress, emit
 from trainbox.errors import ConfigError
@@ -15,13 +15,12 @@ from trainbox.spec.recipe import Recipe
 from trainbox.spec.run import BOX_DATA, BOX_MODEL, DataSource, ModelSource, RunSpec, box
 
 RECIPE = Path("/opt/trainbox/recipe")
-IMAGE_FACTS = Path("/opt/trainbox/image.json")
 
 
 def make_spec(profile: str, model: str, settings: list[str]) -> RunSpec:
     """The image's recipe over what is mounted; data defaults to the recipe's sample."""
     data = str(box(BOX_DATA)) if _filled(box(BOX_DATA)) else ""
-    name = _recipe_name()
+    name = os.environ.get("TRAINBOX_RECIPE", RECIPE.name)
     choices = Choices(recipe=name, profile=profile, model=model, data=data, set=tuple(settings))
     recipe = load_recipe(RECIPE, choices)
     emit("note", text=f"recipe {name}, data {data or 'sample'}")
@@ -30,26 +29,15 @@ def make_spec(profile: str, model: str, settings: list[str]) -> RunSpec:
         recipe=recipe,
         model=_model(recipe),
         data=_data(recipe),
-        origin={"image": _image_facts(), "engine": {"name": "none: the image was run by hand"}},
+        origin={
+            "image": {"revision": os.environ.get("TRAINBOX_REVISION", "")},
+            "engine": {"name": "none: the image was run by hand"},
+        },
     )
 
 
 def _filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def _recipe_name() -> str:
-    return str(_image_facts().get("recipe", RECIPE.name))
-
-
-def _image_facts() -> dict[str, Any]:
-    import json
-
-    try:
-        facts: dict[str, Any] = json.loads(IMAGE_FACTS.read_text())
-    except OSError:
-        return {}
-    return facts
 
 
 def _data(recipe: Recipe) -> DataSource:

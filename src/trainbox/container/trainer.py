@@ -13,8 +13,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
-from transformers import TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import rotate_checkpoints, set_seed
 
 from trainbox.container.report import emit
@@ -141,7 +147,7 @@ class Interrupt:
         emit("note", text="stopping: finishing this step and saving (once more to stop at once)")
 
 
-class Watch(TrainerCallback):
+class Watch(TrainerCallback):  # type: ignore[misc]
     """Metrics to output/metrics.jsonl, progress to the harness, and the way out on a signal."""
 
     def __init__(self, interrupt: Interrupt) -> None:
@@ -255,7 +261,7 @@ def run(trainer: Any, interrupt: Interrupt, resume: Path | None) -> dict[str, fl
     if interrupt.asked and state.global_step < state.max_steps:
         name = f"checkpoint-{state.global_step}"
         raise Interrupted(f"stopped at step {state.global_step} of {state.max_steps}, {name} is saved")
-    last_eval = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
+    last_eval: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     metrics = {key: value for key, value in output.metrics.items() if isinstance(value, int | float)}
     metrics |= {key: value for key, value in last_eval.items() if key.startswith("eval_")}

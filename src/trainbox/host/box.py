@@ -31,6 +31,8 @@ class Box:
     memory: str | None = None
     """A limit as Docker writes it: `8g`."""
     cpus: float | None = None
+    shm_size: str = "2g"
+    """Shared memory for the data loaders' batches; a tmpfs, so only what is used counts."""
     name: str = ""
 
 

@@ -21,9 +21,6 @@ from trainbox.host.local import Local
 
 __all__ = ["Box", "Docker", "Finished", "Local", "Mount", "pick", "start"]
 
-SHARED_MEMORY = "8g"
-"""Room for the loaders' batches; a tmpfs, so only what is used counts."""
-
 DOCKER_FAILED = 125
 """Exit code of `docker run` when it, not the command in the container, is at fault."""
 
@@ -47,6 +44,12 @@ def pick(wanted: str = "auto") -> Docker | Local:
             remedy="start it, or as root on Debian or Ubuntu: make engine\nor train without a container: ENGINE=local",
         )
     return _local(fault)
+
+
+def pick_dry(wanted: str = "auto") -> Docker | Local:
+    """The engine that `pick` would use if nothing had to be installed or started for it."""
+    client, _ = connect() if wanted != "local" else (None, "")
+    return Docker(client) if client is not None else Local()
 
 
 def start() -> None:
@@ -175,7 +178,7 @@ class Docker:
             "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
             # SELinux would deny bind mounts that carry no container label, and relabelling the user's data is worse.
             *(["--security-opt", "label=disable"] if "selinux" in self._security else []),
-            "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777", "--shm-size", SHARED_MEMORY,  # noqa: S108
+            "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777", "--shm-size", box.shm_size,  # noqa: S108
         ]  # fmt: skip
 
     def _can_build(self, client: list[str]) -> bool:

@@ -80,6 +80,11 @@ def ensure(recipe: str, docker: Docker) -> ImageFacts:
     return _facts(recipe, builds[-1].tag, docker.inspect(builds[-1].tag) or {})
 
 
+def expected_tag(recipe: str) -> str:
+    """The tag that the sources have now, built or not."""
+    return plan(recipe, next(_known_roots()))[-1].tag
+
+
 def plan(recipe: str, root: str) -> tuple[Build, Build, Build]:
     """The three chained builds of a recipe on a root image."""
     docker, folder, package = paths.REPO / "docker", paths.REPO / "recipes" / recipe, paths.SOURCE / "trainbox"

@@ -1,0 +1,75 @@
+"""The data is there and every row can be learned from: found out before any image is built."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from trainbox.errors import DataError
+from trainbox.host import download, hashes, paths, ui
+from trainbox.host.box import Mount
+from trainbox.spec import dataset, formats, recipe, rows
+from trainbox.spec.dataset import Splits
+from trainbox.spec.recipe import Recipe
+from trainbox.spec.run import BOX_DATA, DataSource, hash_json, write_json
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,2}")
+
+
+def check(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
+    """Find, read and check the data; what the box will see of it, and the mounts that show it.
+
+    `folder` is the recipe's: relative paths start there. Raises DataError with the file and line of the first fault.
+    """
+    root, revision = _locate(chosen, folder)
+    splits = dataset.find_splits(chosen.data.model_copy(update={"path": str(root)}), folder)
+    facts = _check_rows(chosen, splits)
+    files, mounts = _into_box(splits, root)
+    source = DataSource(files=files, reference=chosen.data.path, revision=revision, **facts)
+    return source, mounts
+
+
+def _locate(chosen: Recipe, folder: Path) -> tuple[Path, str | None]:
+    """The data on this machine; downloaded where it is named by its hub name."""
+    path = chosen.data.path
+    try:
+        return dataset.resolve(path, folder), None
+    except DataError:
+        if not HUB_NAME.fullmatch(path) or Path(path).suffix.lower() in rows.READERS:
+            raise
+    return download.dataset(path, chosen.data.revision)
+
+
+def _check_rows(chosen: Recipe, splits: Splits) -> dict[str, object]:
+    """Facts of a check that passed are kept: the same files under the same rules need no second look."""
+    found = hashes.hash_files([path for files in splits.values() for path in files])
+    named = {split: [(path.name, found[path]) for path in files] for split, files in splits.items()}
+    code = [dataset.hash_file(Path(str(module.__file__))) for module in (dataset, formats, recipe, rows)]
+    key = hash_json([named, chosen.data.model_dump(mode="json"), type(chosen).__name__, code])
+    kept = paths.cache() / "checked" / f"{key}.json"
+    if kept.exists():
+        facts: dict[str, object] = json.loads(kept.read_text())
+        return facts
+    with ui.Progress("checking data", unit="rows") as progress:
+        facts = asdict(dataset.check(chosen, splits, lambda count: progress.update(count)))
+    kept.parent.mkdir(exist_ok=True)
+    write_json(kept, facts)
+    return facts
+
+
+def _into_box(splits: Splits, root: Path) -> tuple[dict[str, list[str]], tuple[Mount, ...]]:
+    """A folder goes in whole; a single file by itself, so that the box sees nothing beside it."""
+    files: dict[str, list[str]] = {}
+    mounts: dict[str, Mount] = {}
+    for split, found in splits.items():
+        for path in found:
+            if root.is_dir() and path.is_relative_to(root) and not path.is_symlink():
+                target, source, shown = f"{BOX_DATA}/files", root, f"{BOX_DATA}/files/{path.relative_to(root)}"
+            else:
+                target = shown = f"{BOX_DATA}/{split}/{path.name}"
+                source = path.resolve()
+            mounts[target] = Mount(source, target)
+            files.setdefault(split, []).append(shown)
+    return files, tuple(mounts.values())

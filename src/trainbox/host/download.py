@@ -1,0 +1,301 @@
+"""Models and data sets on this machine, at a pinned revision: the only step that uses the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainbox.errors import ConfigError, EngineError, HardwareError
+from trainbox.host import hashes, paths, shell, ui
+from trainbox.host.box import Box, Mount
+from trainbox.host.secrets import secret
+from trainbox.spec import rows
+from trainbox.spec.recipe import Model
+from trainbox.spec.run import ModelSource, hash_json, write_json
+
+if TYPE_CHECKING:
+    from trainbox.host.engine import Docker, Local
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<file>.+\.gguf)")
+UNWANTED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.msgpack",
+    "*.h5",
+    "*.onnx",
+    "*.gguf",
+    "*.tflite",
+    "*.mlmodel",
+    "original/*",
+    "onnx/*",
+]
+"""Copies of the weights in other formats; pickled ones are never loaded."""
+FACTS = ".trainbox.json"
+"""In a cached folder, written last: which revision it is. A folder without it is not complete."""
+
+
+def check_model(model: Model) -> None:
+    """Find what is wrong with a model's name before anything is built. Raises ConfigError."""
+    name, folder = model.name, Path(model.name).expanduser()
+    if name.startswith("random:"):
+        return
+    if name.startswith("pypi:"):
+        if not PYPI.fullmatch(name):
+            raise ConfigError(f"{name!r} is not pypi:PACKAGE==VERSION/FILE.gguf", place="model.name")
+        if not model.sha256:
+            raise ConfigError("is needed for a model from a package", place="model.sha256", remedy="pin its hash")
+    elif folder.is_dir():
+        _check_folder(folder)
+    elif not HUB_NAME.fullmatch(name) or folder.exists():
+        raise ConfigError(f"{name!r} is neither a folder nor a hub name", place="model.name", remedy="check MODEL=")
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        remedy = f"make it whole first: make merge CHECKPOINT={folder}"
+        raise ConfigError("is an adapter, not a model", place=str(folder), remedy=remedy)
+    remedy = "name a folder that `save_pretrained` wrote, or a hub name"
+    raise ConfigError("is no model: it has no config.json", place=str(folder), remedy=remedy)
+
+
+def model(wanted: Model, engine: Docker | Local, image: str) -> tuple[ModelSource, Path]:
+    """The model's folder on this machine and its pins; downloaded, converted or made where it is not there yet."""
+    folder = Path(wanted.name).expanduser()
+    revision = None
+    if folder.is_dir():
+        folder = folder.resolve()
+    elif wanted.name.startswith(("random:", "pypi:")):
+        folder = _made(wanted, engine, image)
+    else:
+        folder, revision = _from_hub(wanted.name, wanted.revision)
+    hub = revision is not None
+    files = hashes.hash_folder(folder)
+    return ModelSource(
+        name=wanted.name, reference=wanted.name if hub else str(folder), revision=revision, files=files
+    ), folder
+
+
+# Made here
+
+
+def _made(wanted: Model, engine: Docker | Local, image: str) -> Path:
+    """A random model, or one converted from a package's GGUF file; made in the box, without a network."""
+    slug = re.sub(r"[^\w.-]+", "--", wanted.name)
+    folder = paths.cache() / "models" / f"{slug}-{hash_json([wanted.name, wanted.sha256])[:8]}"
+    if (folder / FACTS).exists():
+        return folder
+    staged = _staged(folder)
+    mounts: tuple[Mount, ...] = (Mount(staged, "/output", read_only=False),)
+    command: tuple[str, ...] = ("make-model", wanted.name)
+    package = staged.with_name(f"{staged.name}-package")
+    if match := PYPI.fullmatch(wanted.name):
+        source = _from_package(match, str(wanted.sha256), package)
+        mounts, command = (
+            (*mounts, Mount(source, f"/source/{source.name}")),
+            (*command, "--source", f"/source/{source.name}"),
+        )
+    from trainbox.host.watch import Watcher
+
+    with Watcher() as watcher:
+        finished = engine.run(Box(image=image, command=command, mounts=mounts, env=watcher.env), watcher.on_line)
+    shutil.rmtree(package, ignore_errors=True)
+    watcher.raise_for(finished)
+    return _publish(staged, folder, {"name": wanted.name, "sha256": wanted.sha256})
+
+
+def _from_package(match: re.Match[str], sha256: str, into: Path) -> Path:
+    """One file of a package, checked against its hash by pip."""
+    shutil.rmtree(into, ignore_errors=True)
+    into.mkdir(parents=True)
+    requirement = into / "requirements.txt"
+    requirement.write_text(f"{match['package']}=={match['version']} --hash=sha256:{sha256}\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--progress-bar=off"]
+    argv = [*pip, "--only-binary=:all:", "--require-hashes", "-r", str(requirement), "-d", str(into)]
+    shell.show(f"downloading {match['package']} {match['version']}", argv)
+    (wheel,) = into.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        try:
+            archive.extract(match["file"], into)
+        except KeyError:
+            fault = f"{match['file']} is not in {wheel.name}"
+            raise ConfigError(fault, place="model.name", remedy=", ".join(archive.namelist()[:8])) from None
+    return into / match["file"]
+
+
+# From the hub
+
+
+def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
+    return _snapshot(name, revision, "model", lambda file: not _matches(file, UNWANTED))
+
+
+def dataset(name: str, revision: str | None) -> tuple[Path, str]:
+    """A hub data set's folder and commit. `glue/sst2` may be a repository, or the part `sst2` of `glue`."""
+
+    def wanted(file: str) -> bool:
+        return Path(file).suffix.lower() in rows.READERS and Path(file).name.lower() != "readme.md"
+
+    try:
+        return _snapshot(name, revision, "dataset", wanted)
+    except ConfigError:
+        repository, _, part = name.partition("/")
+        if not part:
+            raise
+    folder, commit = _snapshot(repository, revision, "dataset", lambda f: wanted(f) and f.startswith(f"{part}/"))
+    return folder / part, commit
+
+
+def _matches(file: str, patterns: list[str]) -> bool:
+    from fnmatch import fnmatch
+
+    return any(fnmatch(file, pattern) for pattern in patterns)
+
+
+def _snapshot(name: str, revision: str | None, kind: str, wanted: Callable[[str], bool]) -> tuple[Path, str]:
+    parent = paths.cache() / f"{kind}s"
+    slug = name.replace("/", "--")
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (parent / f"{slug}@{revision}" / FACTS).exists():
+        return parent / f"{slug}@{revision}", revision
+    try:
+        info = _hub_info(name, revision, kind)
+    except EngineError:
+        kept = _kept(parent, slug, revision)
+        if kept is None:
+            raise
+        ui.warn(f"the hub cannot be reached: using {name} at the commit downloaded before, {kept[1]}")
+        return kept
+    folder = parent / f"{slug}@{info.sha}"
+    if not (folder / FACTS).exists():
+        _fetch(name, info, kind, wanted, folder, revision)
+    return folder, str(info.sha)
+
+
+def _kept(parent: Path, slug: str, revision: str | None) -> tuple[Path, str] | None:
+    """The newest copy downloaded for the same branch or tag."""
+    found = []
+    for facts in parent.glob(f"{slug}@*/{FACTS}"):
+        known = json.loads(facts.read_text())
+        if revision in (known.get("revision"), known.get("commit")):
+            found.append((facts.stat().st_mtime, facts.parent, str(known["commit"])))
+    return max(found)[1:] if found else None
+
+
+def _hub_info(name: str, revision: str | None, kind: str) -> Any:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    place = "model.name" if kind == "model" else "data.path"
+    try:
+        return HfApi(token=secret("HF_TOKEN")).repo_info(name, revision=revision, repo_type=kind, files_metadata=True)
+    except GatedRepoError:
+        raise _gated(name, place) from None
+    except RevisionNotFoundError:
+        raise ConfigError(f"{name} has no revision {revision!r}", place=place) from None
+    except RepositoryNotFoundError:
+        remedy = "check the name; a private or gated one needs HF_TOKEN"
+        raise ConfigError(f"{name!r} is neither here nor on the hub", place=place, remedy=remedy) from None
+    except HfHubHTTPError as error:
+        raise EngineError(f"the hub answers: {str(error).splitlines()[0]}", place=name) from None
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = "check the network and https_proxy; or use a local folder: MODEL=... (DATA=...)"
+        raise EngineError(f"the hub cannot be reached: {why}", place=name, remedy=remedy) from None
+
+
+def _gated(name: str, place: str) -> ConfigError:
+    remedy = "accept its licence on its hub page, then put HF_TOKEN=... into ~/.config/trainbox/secrets.env"
+    return ConfigError(
+        f"{name} is gated: it wants an account that has accepted its licence", place=place, remedy=remedy
+    )
+
+
+def _fetch(name: str, info: Any, kind: str, wanted: Callable[[str], bool], folder: Path, revision: str | None) -> None:
+    """Download the wanted files; whole or not at all, and resumable: the hub's client goes on in the same folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    files = {file.rfilename: file.size or 0 for file in info.siblings if wanted(file.rfilename)}
+    if not files:
+        raise ConfigError(
+            f"{name} holds no file that Trainbox reads", place="model.name" if kind == "model" else "data.path"
+        )
+    total = sum(files.values())
+    free = shutil.disk_usage(paths.cache()).free
+    if total > free:
+        needs = f"{name} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise HardwareError(needs, place=str(paths.cache()), remedy="free space, or set TRAINBOX_CACHE=")
+    staged = folder.with_name(f".{folder.name}.part")
+    staged.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    try:
+        with ui.Progress(f"downloading {name}", total=total, unit="B") as progress, _Gauge(staged, progress):
+            snapshot_download(
+                name,
+                revision=info.sha,
+                repo_type=kind,
+                local_dir=staged,
+                allow_patterns=list(files),
+                token=secret("HF_TOKEN"),
+            )
+    except GatedRepoError:
+        raise _gated(name, "model.name") from None
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = "run the same command again: it goes on where it stopped"
+        raise EngineError(f"the download broke off: {why}", place=name, remedy=remedy) from None
+    shutil.rmtree(staged / ".cache", ignore_errors=True)
+    _publish(staged, folder, {"name": name, "commit": info.sha, "revision": revision})
+
+
+class _Gauge:
+    """Moves a bar by what has arrived in a folder."""
+
+    def __init__(self, folder: Path, progress: ui.Progress) -> None:
+        self._folder, self._progress, self._over = folder, progress, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            sizes = (_size(path) for path in self._folder.rglob("*"))
+            self._progress.update(completed=sum(sizes))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:  # renamed just now
+        return 0
+
+
+def _staged(folder: Path) -> Path:
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    return staged
+
+
+def _publish(staged: Path, folder: Path, facts: dict[str, Any]) -> Path:
+    write_json(staged / FACTS, {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.rename(folder)
+    return folder

@@ -1,0 +1,95 @@
+"""The output folder: one run, one process at a time, never overwritten unasked."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainbox.errors import ConfigError
+from trainbox.host import paths
+from trainbox.spec import record
+from trainbox.spec.checkpoint import all_checkpoints
+
+OURS = ("final", "merged", "cache", "logs", "spec.json", "result.json", "run.json", "metrics.jsonl", "samples.jsonl")
+"""What a run leaves besides its checkpoints; overwriting takes these away and nothing else."""
+
+
+@contextlib.contextmanager
+def claim(output: Path, *, overwrite: bool) -> Iterator[None]:
+    """Take an output folder for a new run. Raises ConfigError where it holds one, or cannot be written."""
+    created = not output.exists()
+    _make_writable(output)
+    try:
+        with lock(output):
+            if overwrite or not _worth_keeping(output):
+                _clear(output)
+            else:
+                raise _occupied(output)
+            yield
+    finally:
+        # A run that never began leaves nothing behind.
+        if created and output.is_dir() and not any(path.name != LOCK for path in output.iterdir()):
+            shutil.rmtree(output, ignore_errors=True)
+
+
+def _make_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / LOCK).touch()
+    except OSError as error:
+        remedy = "make it yours, or name another: OUTPUT=..."
+        raise ConfigError(f"cannot be written: {error.strerror}", place=str(output), remedy=remedy) from None
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Hold the folder: a second process that trains into it is refused. The lock dies with its process."""
+    with (output / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "wait for it, or name another folder: OUTPUT=..."
+            raise ConfigError("another process trains into it right now", place=str(output), remedy=remedy) from None
+        yield
+
+
+def _worth_keeping(output: Path) -> bool:
+    """A run that failed before its first checkpoint left nothing that anyone would go on with."""
+    return bool(all_checkpoints(output)) or (output / "final").exists()
+
+
+def _occupied(output: Path) -> ConfigError:
+    status = record.read(output, missing_ok=True).get("status", "unfinished")
+    given = f"OUTPUT={output}"
+    return ConfigError(
+        f"holds another run ({status})",
+        place=str(output),
+        remedy=f"go on with it:    make resume {given}\nkeep it:          make train ... OUTPUT={output}-2\n"
+        f"throw it away:    make train ... {given} OVERWRITE=1",
+    )
+
+
+def _clear(output: Path) -> None:
+    for path in (*all_checkpoints(output), *(output / name for name in OURS)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def keep_prepared(output: Path) -> None:
+    """Move tokenised data to the cache that all runs share, so that the next one starts at once."""
+    made = output / "cache"
+    shared = paths.cache() / "prepared"
+    for folder in made.glob("[!.]*") if made.is_dir() else ():
+        if (folder / "stats.json").is_file() and not (shared / folder.name).exists():
+            aside = shared / f".{folder.name}.tmp"
+            shutil.move(folder, aside)
+            aside.rename(shared / folder.name)
+    shutil.rmtree(made, ignore_errors=True)

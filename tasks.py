@@ -1,0 +1,186 @@
+"""Invoke tasks: parse, call the host, print. `invoke --list` shows them; the Makefile calls them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from invoke.context import Context
+from invoke.tasks import task
+
+sys.path.insert(0, str(Path(__file__).parent / "src"))
+
+from trainbox.errors import ConfigError, Interrupted, TrainboxError
+
+ROOT = Path(__file__).parent
+
+
+def verb(**options: Any) -> Callable[[Callable[..., None]], Any]:
+    """An Invoke task whose errors are told without a traceback, each kind with its own exit code."""
+
+    def wrap(function: Callable[..., None]) -> Any:
+        @functools.wraps(function)
+        def told(context: Context, **arguments: Any) -> None:
+            try:
+                function(context, **arguments)
+            except TrainboxError as error:
+                from trainbox.host import ui
+
+                if isinstance(error, Interrupted):
+                    ui.say(str(error))
+                else:
+                    ui.fail(error)
+                sys.exit(error.exit_code)
+            except KeyboardInterrupt:
+                sys.exit(130)
+
+        return task(**{"positional": [], **options})(told)
+
+    return wrap
+
+
+def yes(value: str | bool) -> bool:
+    """A flag that Make passes as text: anything but nothing, 0, no and false is yes."""
+    return str(value).lower() not in ("", "0", "no", "false")
+
+
+@verb(help={"set": 'overrides, e.g. "training.max_steps=40 lora.r=8"', "dry": "print what would be done"})
+def train(
+    c, recipe="", profile="", model="", data="", output="output", set="", engine="", gpus="", dry="", overwrite=""
+):
+    """Train a recipe; without arguments, the demo."""
+    from trainbox.host import pipeline
+    from trainbox.spec.load import Choices, split_settings
+
+    asked = Choices(recipe or "llm-qlora", profile, model, data, split_settings(set))
+    if not (recipe or profile or model or data):
+        asked = Choices(pipeline.DEMO.recipe, pipeline.DEMO.profile, set=asked.set)
+    folder = Path(output or "output")
+    pipeline.train(asked, folder, engine or "auto", gpus or "auto", dry=yes(dry), overwrite=yes(overwrite))
+
+
+@verb(help={"checkpoint": "e.g. output/checkpoint-500; default: the newest complete one"})
+def resume(c, checkpoint="", output="", engine="", gpus="", force=""):
+    """Go on with an interrupted run as if nothing had happened."""
+    from trainbox.host import pipeline
+
+    point = Path(checkpoint) if checkpoint else None
+    folder = Path(output) if output else point.parent if point else Path("output")
+    if point and folder.resolve() != point.parent.resolve():
+        raise ConfigError("is not in OUTPUT", place=str(point), remedy="name one of the two")
+    pipeline.resume(folder, point.name if point else "", engine, gpus or "auto", force=yes(force))
+
+
+@verb(help={"prompt": "the question; without it, a chat"})
+def infer(c, checkpoint="output/final", prompt="", engine="", max_new_tokens=256):
+    """Ask a trained model."""
+    from trainbox.host import pipeline
+
+    pipeline.infer(Path(checkpoint or "output/final"), prompt, engine or "auto", max_new_tokens)
+
+
+@verb()
+def merge(c, checkpoint="output/final", output="", engine=""):
+    """Write adapter + base as one model."""
+    from trainbox.host import pipeline
+
+    pipeline.merge(Path(checkpoint or "output/final"), Path(output) if output else None, engine or "auto")
+
+
+@verb(positional=["output"])
+def verify(c, output):
+    """Recheck a run's files against its record."""
+    from trainbox.errors import TrainingError
+    from trainbox.host import pipeline, ui
+
+    folder = Path(output or "output")
+    if lines := pipeline.verify(folder):
+        raise TrainingError("is not what its record says", place=str(folder), remedy="\n".join(lines))
+    ui.say(f"{folder}: all as recorded")
+
+
+@verb(positional=["section"], help={"section": "e.g. lora, training.learning_rate; without: everything"})
+def explain(c, section):
+    """Print every field of a recipe with type, default and meaning."""
+    from trainbox.host import explaining
+
+    explaining.explain(section)
+
+
+@verb()
+def schema(c):
+    """Write the recipe's JSON Schema, for editors, to recipes/recipe.schema.json."""
+    from trainbox.host import explaining
+
+    explaining.write_schema(ROOT / "recipes" / "recipe.schema.json")
+
+
+@verb()
+def build(c, recipe="", engine=""):
+    """Build the images, of one recipe or all."""
+    from trainbox.host import pipeline
+
+    pipeline.build([recipe] if recipe else pipeline.recipe_names(), engine or "auto")
+
+
+@verb()
+def engine(c):
+    """Install and start a container engine (as root on Debian or Ubuntu)."""
+    from trainbox.host import engine as engines
+
+    engines.start()
+
+
+@verb()
+def lock(c):
+    """Refresh every lock and print what changed."""
+    from trainbox.host import engine as engines
+    from trainbox.host import locks
+
+    client, _ = engines.connect()
+    locks.lock(engines.Docker(client) if client else None)
+
+
+@verb()
+def lint(c):
+    """Check style and types."""
+    _tool("ruff", "check", ".")
+    _tool("ruff", "format", "--check", ".")
+    _tool("mypy")
+
+
+@verb(help={"only": "unit, image or gpu; default: all"})
+def test(c, only=""):
+    """Lint, types and every test, those in containers included."""
+    if not only:
+        lint(c)
+    if only in ("", "unit"):
+        _tool("pytest", "tests/unit", "-n", "2")
+    if only in ("", "image"):
+        engine(c)
+        _tool("pytest", "tests/image", "--durations=10")
+    if only in ("", "gpu"):
+        _tool("pytest", "tests/gpu")
+
+
+@verb()
+def bench(c):
+    """Measure the figures that the README quotes, each beside a bare baseline."""
+    _tool("python", "tests/benchmarks/run.py")
+
+
+def _tool(name: str, *arguments: str) -> None:
+    from trainbox.host import shell
+
+    bin_folder = Path(sys.executable).parent
+    code = shell.attach([str(bin_folder / name), *arguments], env={"PYTHONPATH": str(ROOT / "src")})
+    if code:
+        sys.exit(code)
+
+
+if sys.argv[1:] == ["explain"]:  # Invoke knows no positional argument that may be left out
+    explain(Context(), section="")
+    sys.exit()
