@@ -102,12 +102,14 @@ def tasks() -> dict[str, Task]:
 
 def find_spec(command: argparse.Namespace) -> RunSpec:
     """The spec that the harness wrote, or one made from the image's own recipe."""
+    from trainbox.container import standalone
+
     path = box(BOX_OUTPUT) / "spec.json"
     if path.exists():
-        return RunSpec.read(path)
-    from trainbox.container.standalone import make_spec
-
-    spec = make_spec(command.profile, command.model, command.set)
+        spec = RunSpec.read(path)
+        standalone.fill_model(spec.recipe)
+        return spec
+    spec = standalone.make_spec(command.profile, command.model, command.set)
     spec.write(path)
     return spec
 

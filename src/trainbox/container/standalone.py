@@ -49,15 +49,16 @@ def _data(recipe: Recipe) -> DataSource:
 
 
 def _model(recipe: Recipe) -> ModelSource:
-    folder, name = box(BOX_MODEL), recipe.model.name
-    if not _filled(folder):
-        fill_model(recipe, folder)
-    return ModelSource(name=name, reference=name, revision=recipe.model.revision, files=hash_folder(folder))
-
-
-def fill_model(recipe: Recipe, folder: Path) -> None:
-    """Put the recipe's model where the box looks for it: made, or downloaded where there is a network."""
+    fill_model(recipe)
     name = recipe.model.name
+    return ModelSource(name=name, reference=name, revision=recipe.model.revision, files=hash_folder(box(BOX_MODEL)))
+
+
+def fill_model(recipe: Recipe) -> None:
+    """Put the recipe's model where the box looks for it, unless it is mounted: made, or downloaded."""
+    folder, name = box(BOX_MODEL), recipe.model.name
+    if _filled(folder):
+        return
     try:
         if name.startswith("random:"):
             from trainbox.container.models import make
