@@ -194,12 +194,12 @@ def _kept(parent: Path, slug: str, revision: str | None) -> tuple[Path, str] | N
 
 
 def _hub_info(name: str, revision: str | None, kind: str) -> Any:
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     place = "model.name" if kind == "model" else "data.path"
+    api = _api()
     try:
-        return HfApi(token=secret("HF_TOKEN")).repo_info(name, revision=revision, repo_type=kind, files_metadata=True)
+        return api.repo_info(name, revision=revision, repo_type=kind, files_metadata=True)
     except GatedRepoError:
         raise _gated(name, place) from None
     except RevisionNotFoundError:
@@ -215,6 +215,13 @@ def _hub_info(name: str, revision: str | None, kind: str) -> Any:
         raise EngineError(f"the hub cannot be reached: {why}", place=name, remedy=remedy) from None
 
 
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    # False, not None: without a token of ours none is sent, not one that lies elsewhere on the machine.
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=secret("HF_TOKEN") or False)
+
+
 def _gated(name: str, place: str) -> ConfigError:
     remedy = "accept its licence on its hub page, then put HF_TOKEN=... into ~/.config/trainbox/secrets.env"
     return ConfigError(
@@ -224,7 +231,6 @@ def _gated(name: str, place: str) -> ConfigError:
 
 def _fetch(name: str, info: Any, kind: str, wanted: Callable[[str], bool], folder: Path, revision: str | None) -> None:
     """Download the wanted files; whole or not at all, and resumable: the hub's client goes on in the same folder."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
     files = {file.rfilename: file.size or 0 for file in info.siblings if wanted(file.rfilename)}
@@ -242,13 +248,8 @@ def _fetch(name: str, info: Any, kind: str, wanted: Callable[[str], bool], folde
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
         with ui.Progress(f"downloading {name}", total=total, unit="B") as progress, _Gauge(staged, progress):
-            snapshot_download(
-                name,
-                revision=info.sha,
-                repo_type=kind,
-                local_dir=staged,
-                allow_patterns=list(files),
-                token=secret("HF_TOKEN"),
+            _api().snapshot_download(
+                name, revision=info.sha, repo_type=kind, local_dir=staged, allow_patterns=list(files)
             )
     except GatedRepoError:
         raise _gated(name, "model.name") from None

@@ -52,9 +52,9 @@ def find_splits(data: Data, folder: Path) -> Splits:
 
 
 def resolve(path: str, folder: Path) -> Path:
-    """A path as the person means it: from where they stand, else from `folder`."""
+    """A path as the person means it: from `folder`, else from where they stand."""
     here = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for a user who is not there)
-    found = here if here.is_absolute() or is_path(str(here)) else folder / here
+    found = folder / here if is_path(str(folder / here)) else here
     if not is_path(str(found)):
         raise DataError("there is no such file or folder", place=path, remedy="check DATA= (or data.path)")
     return found.resolve()

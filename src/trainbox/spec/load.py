@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -137,6 +138,8 @@ def _named_overrides(choices: Choices) -> Tree:
         over["model"] = {"name": name, "revision": revision, "sha256": None}
     if choices.data:
         name, revision = _split_revision(choices.data)
+        # Absolute, so that a folder of the recipe with the same name is not taken for it.
+        name = os.path.realpath(name) if is_path(name) else name
         over["data"] = {"path": name, "revision": revision, "validation_file": None, "test_file": None}
     return over
 

@@ -1,0 +1,229 @@
+"""Models and data sets from a hub that runs here: the real client against a small server of the same routes."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from trainbox.errors import ConfigError, EngineError, HardwareError
+from trainbox.host import download
+from trainbox.spec.recipe import Model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": bytes(range(256)) * 400,
+    "pytorch_model.bin": b"pickled",
+    "original/consolidated.00.pth": b"pickled",
+    "README.md": b"# card",
+}
+ROWS = {"sst2/train.jsonl": b'{"text": "a"}\n', "cola/train.jsonl": b'{"text": "b"}\n', "README.md": b"# card"}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The routes that huggingface_hub's client uses; what is asked for is kept in `server.asked`."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self._answer(body=False)
+
+    def do_GET(self):
+        self._answer(body=True)
+
+    def _answer(self, *, body):
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        if "/gated" in self.path and self.headers.get("Authorization") != "Bearer good":
+            return self._send(
+                401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, body
+            )
+        for route, (name, files) in self.server.repositories.items():
+            path = self.path.split("?")[0]
+            if path == f"/api/{route}" or path.startswith(f"/api/{route}/revision/"):
+                if "/revision/" in path and path.rpartition("/")[2] not in ("main", "v1", COMMIT):
+                    return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+                return self._send(200, self._info(name, files), {"Content-Type": "application/json"}, body)
+            if self.path.startswith(f"/api/{route}/tree/"):
+                return self._send(200, self._tree(files), {"Content-Type": "application/json"}, body)
+            prefix = f"/{route.removeprefix('models/')}/resolve/{COMMIT}/"
+            if path.startswith(prefix):
+                return self._file(files[path.removeprefix(prefix)], body)
+        return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def _info(self, name, files):
+        siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
+        return json.dumps({"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}).encode()
+
+    def _tree(self, files):
+        entries = [
+            {"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for f, d in files.items()
+        ]
+        return json.dumps(entries).encode()
+
+    def _file(self, data, body):
+        if self.server.broken and len(data) > 1000:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if body:
+                self.wfile.write(data[:500])
+                self.connection.close()
+            return None
+        etag = f'"{hashlib.sha1(data).hexdigest()}"'
+        return self._send(200, data, {"ETag": etag, "X-Repo-Commit": COMMIT}, body)
+
+    def _send(self, status, data, headers, body):
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.broken = [], False
+    server.repositories = {
+        "models/org/tiny": ("org/tiny", FILES),
+        "models/org/gated": ("org/gated", FILES),
+        "datasets/glue": ("glue", ROWS),
+    }
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("TRAINBOX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRAINBOX_SECRETS", str(tmp_path / "secrets.env"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(name, revision=None):
+    return download.model(Model(name=name, revision=revision), engine=None, image="")
+
+
+def test_a_hub_model_is_pinned_to_its_commit_and_hashed_without_pickled_copies(hub):
+    source, folder = fetch("org/tiny", "v1")
+    assert source.revision == COMMIT
+    assert source.reference == "org/tiny"
+    assert set(source.files) == {"config.json", "model.safetensors", "README.md"}
+    assert source.files["config.json"] == hashlib.sha256(FILES["config.json"]).hexdigest()
+    assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_a_pinned_commit_that_is_here_asks_nobody(hub):
+    fetch("org/tiny", COMMIT)
+    hub.asked.clear()
+    source, _ = fetch("org/tiny", COMMIT)
+    assert source.revision == COMMIT
+    assert hub.asked == []
+
+
+def test_without_a_network_the_copy_downloaded_before_is_used_and_said(hub, capsys, monkeypatch):
+    fetch("org/tiny")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    source, _ = fetch("org/tiny")
+    assert source.revision == COMMIT
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_an_unreachable_hub_is_told_with_the_way_out(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(EngineError, match="cannot be reached") as caught:
+        fetch("org/tiny")
+    assert "https_proxy" in caught.value.remedy
+
+
+def test_a_name_that_the_hub_does_not_know_is_a_config_error(hub):
+    with pytest.raises(ConfigError, match="neither here nor on the hub"):
+        fetch("org/none")
+
+
+def test_a_revision_that_is_not_there_is_named(hub):
+    with pytest.raises(ConfigError, match="no revision 'v9'"):
+        fetch("org/tiny", "v9")
+
+
+def test_a_gated_model_says_how_to_get_in_and_a_token_from_the_private_file_does(hub, tmp_path):
+    with pytest.raises(ConfigError, match="gated") as caught:
+        fetch("org/gated")
+    assert "HF_TOKEN" in caught.value.remedy
+    secrets = tmp_path / "secrets.env"
+    secrets.write_text("HF_TOKEN=good\n")
+    secrets.chmod(0o600)
+    source, _ = fetch("org/gated")
+    assert source.revision == COMMIT
+
+
+def test_a_secrets_file_that_others_may_read_is_refused(hub, tmp_path):
+    (tmp_path / "secrets.env").write_text("HF_TOKEN=good\n")
+    (tmp_path / "secrets.env").chmod(0o644)
+    with pytest.raises(ConfigError, match="may be read by others"):
+        fetch("org/gated")
+
+
+def test_no_token_is_sent_when_none_is_set(hub):
+    fetch("org/tiny")
+    assert {authorization for _, authorization in hub.asked} == {None}
+
+
+def test_a_download_that_breaks_off_leaves_nothing_complete_and_goes_on_later(hub):
+    hub.broken = True
+    with pytest.raises(EngineError, match="broke off") as caught:
+        fetch("org/tiny")
+    assert "goes on" in caught.value.remedy
+    hub.broken = False
+    _, folder = fetch("org/tiny")
+    assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_a_full_disk_is_found_before_the_download(hub, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(HardwareError, match="GB are free"):
+        fetch("org/tiny")
+
+
+def test_part_of_a_data_set_is_taken_by_its_path(hub):
+    folder, commit = download.dataset("glue/sst2", None)
+    assert commit == COMMIT
+    assert [path.name for path in folder.rglob("*.jsonl")] == ["train.jsonl"]
+    assert folder.name == "sst2"
+
+
+def test_a_data_set_is_taken_whole_by_its_name(hub):
+    folder, _ = download.dataset("glue", "main")
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jsonl")) == [
+        "cola/train.jsonl",
+        "sst2/train.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Model(name="./nowhere"), "neither a folder nor a hub name"),
+        (Model(name="pypi:thing"), "is not pypi:"),
+        (Model(name="pypi:thing==1.0/a/b.gguf"), "is needed"),
+    ],
+)
+def test_a_model_name_that_can_mean_nothing_is_found_at_once(model, message):
+    with pytest.raises(ConfigError, match=message):
+        download.check_model(model)
+
+
+def test_a_folder_that_is_no_model_and_an_adapter_are_told_apart(tmp_path):
+    with pytest.raises(ConfigError, match="no config.json"):
+        download.check_model(Model(name=str(tmp_path)))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is an adapter") as caught:
+        download.check_model(Model(name=str(tmp_path)))
+    assert "make merge" in caught.value.remedy
