@@ -1,18 +1,15 @@
 """The baseline: the shortest honest LoRA loop in torch + PEFT, as one would write it by hand.
 
-python bare_loop.py MODEL DATA.jsonl STEPS MAX_LENGTH BATCH -> one line of JSON
+bare_loop.py MODEL DATA.jsonl STEPS MAX_LENGTH BATCH -> the loss and the non-padding tokens so far, at step 1 and
+every ten steps, a line of JSON each
 """
 
 import json
-import resource
 import sys
-import time
 
-STARTED = time.perf_counter()
-
-import torch  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
@@ -27,9 +24,9 @@ def main() -> None:
     order = torch.randperm(len(rows)).tolist()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     model.train()
-    first, tokens = 0.0, 0
-    for step in range(steps):
-        batch = [rows[order[(step * batch_size + i) % len(rows)]] for i in range(batch_size)]
+    tokens = 0
+    for step in range(1, steps + 1):
+        batch = [rows[order[((step - 1) * batch_size + i) % len(rows)]] for i in range(batch_size)]
         longest = max(map(len, batch))
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in batch])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
@@ -38,15 +35,9 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step == 0:
-            loss.item()
-            first = time.perf_counter()
-        else:
-            tokens += int(mask.sum())
-    seconds = time.perf_counter() - first
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    figures = {"first_step_s": first - STARTED, "steps_per_s": (steps - 1) / seconds, "tokens_per_s": tokens / seconds}
-    print(json.dumps(figures | {"peak_rss_gb": peak, "loss": loss.item()}))
+        tokens += int(mask.sum())
+        if step == 1 or step % 10 == 0:
+            print(json.dumps({"step": step, "loss": loss.item(), "tokens": tokens}), flush=True)
 
 
 if __name__ == "__main__":
