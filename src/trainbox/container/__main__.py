@@ -75,6 +75,7 @@ def train(command: argparse.Namespace) -> None:
     if resume is None and record.finished(box(BOX_OUTPUT)):
         emit("note", text="this output holds a finished run: nothing to do")
         return
+    emit("stage", text="loading the libraries")  # takes seconds: the person sees that the box is up
     from trainbox.container.trainer import Interrupt
 
     interrupt = Interrupt()
