@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from trainbox.errors import ConfigError
 from trainbox.host import ui
 from trainbox.spec.load import fields, nearest
-from trainbox.spec.recipe import RECIPES
+from trainbox.spec.recipe import RECIPES, Section
 from trainbox.spec.run import write_json
 
 
@@ -61,19 +61,29 @@ def type_name(annotation: Any) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe.yaml; profiles take the same fields, none of them required."""
-    cases = []
+    """The JSON Schema of a recipe.yaml; profiles take the same fields."""
+    cases: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
     for cls in RECIPES.values():
-        case = TypeAdapter(cls).json_schema(by_alias=False, ref_template="#/$defs/{model}")
-        case["required"] = ["task"]
-        profile = {key: value for key, value in case.items() if key not in ("$defs", "required", "title")}
-        case["properties"] |= {
-            "profiles": {"type": "object", "additionalProperties": dict(profile, properties=dict(case["properties"]))}
-        }
-        cases.append(case)
-    definitions = {name: value for case in cases for name, value in case.pop("$defs", {}).items()}
+        case = _with_aliases(cls, TypeAdapter(cls).json_schema(by_alias=False))
+        definitions |= case.pop("$defs")
+        profile = {key: value for key, value in case.items() if key != "title"}
+        profiles = {"type": "object", "additionalProperties": profile, "description": "Named sets of overrides."}
+        cases.append({**case, "required": ["task"], "properties": {**case["properties"], "profiles": profiles}})
     body: dict[str, Any] = cases[0] if len(cases) == 1 else {"oneOf": cases}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **body, "$defs": definitions}
+
+
+def _with_aliases(cls: type[Section], case: dict[str, Any]) -> dict[str, Any]:
+    """Editors should know a field's other names too."""
+    for field in cls.model_fields.values():
+        for section in (field.annotation, *get_args(field.annotation)):
+            if isinstance(section, type) and issubclass(section, Section):
+                properties = case["$defs"][section.__name__]["properties"]
+                for name, inner in section.model_fields.items():
+                    others = getattr(inner.validation_alias, "choices", ())
+                    properties |= dict.fromkeys(others, properties[name])
+    return case
 
 
 def write_schema(path: Path) -> None:

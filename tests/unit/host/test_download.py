@@ -221,7 +221,7 @@ def test_a_model_name_that_can_mean_nothing_is_found_at_once(model, message):
 
 
 def test_a_folder_that_is_no_model_and_an_adapter_are_told_apart(tmp_path):
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
         download.check_model(Model(name=str(tmp_path)))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is an adapter") as caught:
