@@ -1,11 +1,17 @@
-"""The real engine and the real images; skipped where no engine can run."""
+"""The real engine, the real images, and runs that several tests look at; skipped where no engine can run."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from commands import PLAIN, ROOT, run, training
 
 from trainbox.errors import EngineError
 from trainbox.host import engine as engines
@@ -31,3 +37,35 @@ def engine() -> engines.Docker:
 def image(engine: engines.Docker) -> ImageFacts:
     """The demo recipe's image, looked up or built."""
     return engine.ensure("llm-qlora")
+
+
+@pytest.fixture(scope="session")
+def straight(engine: engines.Docker, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Outputs of uninterrupted runs by recipe and settings, each trained once for all tests and workers. Read only."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "straight"
+    shared.mkdir(exist_ok=True)
+
+    def get(recipe: str, settings: str = PLAIN) -> Path:
+        output = shared / hashlib.sha256(f"{recipe} {settings}".encode()).hexdigest()[:12]
+        with output.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (output / "run.json").exists():
+                ended = run(*training(recipe, output, settings))
+                output.with_suffix(".txt").write_text(ended.text)
+                assert ended.code == 0, ended.text
+        return output
+
+    return get
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of this project that a test may change."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    for name in ("docker", "recipes", "src"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tasks.py", "Makefile"):
+        shutil.copy(ROOT / name, root)
+    return root

@@ -27,9 +27,10 @@ from trainbox.container.report import emit
 from trainbox.errors import Interrupted, TrainboxError, TrainingError
 from trainbox.spec.checkpoint import publish, step_of
 from trainbox.spec.recipe import Training
-from trainbox.spec.run import BOX_OUTPUT, box
+from trainbox.spec.run import BOX_OUTPUT, box, write_json
 
 STAGING = ".saving"
+LOSS = "loss_since_log.json"
 
 
 class BoxTrainer:
@@ -38,6 +39,8 @@ class BoxTrainer:
     args: TrainingArguments
     state: TrainerState
     model: Any
+    _tr_loss: torch.Tensor
+    _globalstep_last_logged: int
     _staging = False
     _bad_step: torch.Tensor | None = None
     _tokens: torch.Tensor | int = 0
@@ -69,6 +72,19 @@ class BoxTrainer:
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
         emit("checkpoint", text=f"saved {name}", step=self.state.global_step)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Keep, beside the generators, the loss since the last log: the Trainer forgets it."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        since_log = {"loss": self._tr_loss.item(), "logged_at": self._globalstep_last_logged}
+        write_json(Path(output_dir) / LOSS, since_log)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        if checkpoint and (file := Path(checkpoint) / LOSS).exists():
+            since_log = json.loads(file.read_text())
+            self._tr_loss.fill_(since_log["loss"])
+            self._globalstep_last_logged = since_log["logged_at"]
 
     def _settle_best(self, output: Path) -> None:
         """The state names the best checkpoint by path: give it the path it will have once renamed."""
@@ -167,6 +183,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             emit("step", done=state.global_step, total=state.max_steps)
         if self._interrupt.asked:
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A stop inside an epoch is not its end: no evaluation that an uninterrupted run would not make."""
+        if self._interrupt.asked and not float(state.epoch or 0).is_integer():
+            control.should_evaluate = control.should_save = control.should_log = False
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """One line a log."""

@@ -144,12 +144,17 @@ def train_box(spec: RunSpec, tag: str, model: Path, mounts: tuple[Mount, ...], o
             Mount(prepared, BOX_CACHE),
             Mount(output.resolve(), BOX_OUTPUT, read_only=False),
         ),
-        env={**Watcher.env, **OFFLINE},
+        env={**Watcher.env, **OFFLINE, **_threads(limits.cpus)},
         gpus=use_gpus,
         memory=limits.memory,
         cpus=limits.cpus,
         shm_size=limits.shm_size,
     )
+
+
+def _threads(cpus: float | None) -> dict[str, str]:
+    """Torch starts a thread for every core of the machine, whatever the limit: they would wait for one another."""
+    return {"OMP_NUM_THREADS": str(max(1, int(cpus)))} if cpus else {}
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}

@@ -99,7 +99,7 @@ class Watcher:
             )
         last = "\n".join(self._other)
         if finished.exit_code > 128:
-            remedy = f"{last}\nmake resume goes on from the newest complete checkpoint".strip()
+            remedy = f"{last}\nif it has a complete checkpoint: make resume".strip()
             raise TrainingError(f"killed by signal {finished.exit_code - 128}", place="container", remedy=remedy)
         raise TrainingError(f"ended with exit code {finished.exit_code}", place="container", remedy=last)
 

@@ -1,0 +1,152 @@
+"""The commands as a person types them, in processes of their own, and what is compared of what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import docker
+
+from trainbox.host import paths, pipeline
+
+if TYPE_CHECKING:
+    from docker.models.containers import Container
+
+RECIPES = pipeline.recipe_names()
+ROOT = paths.REPO
+SECRETS = {"HF_TOKEN": "hf_sentinel4711", "WANDB_API_KEY": "wandb_sentinel4711"}
+"""In the environment of every command below: must turn up nowhere."""
+PLAIN = "training.max_steps=24 training.logging_steps=1 limits.cpus=1"
+"""The tiny profile over more than an epoch, every step's loss logged. One core, since two workers share two."""
+PACKED = f"{PLAIN} data.packing=true"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a person saw of a command: its exit code and its terminal."""
+
+    code: int
+    text: str
+
+    def says(self, *words: str) -> None:
+        missing = [word for word in words if word not in self.text]
+        assert not missing, f"{missing} not in:\n{self.text}"
+        assert "Traceback" not in self.text, self.text
+
+
+class Command:
+    """A command of this project under way: `invoke` with arguments, or `make` with variables."""
+
+    def __init__(self, *argv: str, output: Path, root: Path = ROOT, **env: str) -> None:
+        self._make = argv[0] == "make"
+        if self._make:
+            # The checks of `make setup` are another test's.
+            argv = ("make", "--silent", "--old-file=setup", *argv[1:])
+        else:
+            argv = (sys.executable, "-m", "invoke", *argv)
+        self.output = output
+        self.process = subprocess.Popen(
+            argv,
+            cwd=root,
+            env={**os.environ, **SECRETS, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self, timeout: float = 240) -> Ended:
+        text, _ = self.process.communicate(timeout=timeout)
+        return Ended(self.process.returncode, text)
+
+    def code_of(self, error: int) -> int:
+        """The exit code that tells this error: make has but one for any failed command."""
+        return 2 if self._make else error
+
+    def wait_until(self, true: Callable[[], bool], timeout: float = 240) -> None:
+        end = time.monotonic() + timeout
+        while not true():
+            assert self.process.poll() is None, self.end().text
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.005)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: last_step(self.output) >= step)
+
+    def wait_for_container(self) -> Container:
+        found: list[Container] = []
+        self.wait_until(lambda: bool(found.extend(containers(self.output)) or found))
+        return found[0]
+
+
+def run(*argv: str, root: Path = ROOT, **env: str) -> Ended:
+    """A command from start to end."""
+    return Command(*argv, output=Path(), root=root, **env).end()
+
+
+def training(recipe: str, output: Path, settings: str = PLAIN, *more: str) -> tuple[str, ...]:
+    """The arguments of `invoke` that train a recipe's tiny profile."""
+    return ("train", f"--recipe={recipe}", "--profile=tiny", f"--output={output}", f"--set={settings}", *more)
+
+
+def containers(output: Path) -> list[Container]:
+    """The containers that have this folder mounted."""
+    filters = {"label": "org.trainbox=run", "volume": str(output)}
+    found: list[Container] = docker.from_env().containers.list(all=True, sparse=True, filters=filters)
+    return found
+
+
+def last_step(output: Path) -> int:
+    return max((line["step"] for line in metrics(output)), default=0)
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the figures that no two runs share."""
+    file = output / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{k: v for k, v in row.items() if "per_second" not in k and "runtime" not in k} for row in rows]
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Every tensor of a folder's safetensors files: type, shape, bytes."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for name, about in json.loads(data[8:start]).items():
+            if name != "__metadata__":
+                first, end = about["data_offsets"]
+                found[name] = (about["dtype"], about["shape"], data[start + first : start + end])
+    assert found, folder
+    return found
+
+
+def training_state(checkpoint: Path) -> dict[str, bytes]:
+    """What torch saved of optimizer, scheduler and random generators, member by member."""
+    found = {}
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        with zipfile.ZipFile(checkpoint / name) as archive:
+            # serialization_id is a hash of how it was written, not of what.
+            members = [member for member in archive.namelist() if not member.endswith("serialization_id")]
+            found |= {f"{name}: {member}": archive.read(member) for member in members}
+    return found
+
+
+def assert_same_run(output: Path, reference: Path) -> None:
+    """Final weights, losses and the last checkpoint's optimizer are the same bit for bit."""
+    assert metrics(output) == metrics(reference)
+    assert tensors(output / "final") == tensors(reference / "final")
+    last = f"checkpoint-{last_step(reference)}"
+    mine, other = training_state(output / last), training_state(reference / last)
+    assert mine.keys() == other.keys()
+    assert [name for name in mine if mine[name] != other[name]] == []

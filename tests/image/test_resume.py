@@ -1,0 +1,158 @@
+"""A run that is killed, stopped or damaged, and resumed, is the run that was never interrupted, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import PACKED, PLAIN, RECIPES, Command, assert_same_run, containers, last_step, run, training
+
+from trainbox.spec.checkpoint import SEAL, newest_complete
+
+# Neither the steps between two logs nor those between two evaluations divide those between two checkpoints.
+UNEVEN = (
+    "training.max_steps=24 training.logging_steps=5 training.eval_steps=3 training.save_steps=4 limits.cpus=1 "
+    "training.gradient_accumulation_steps=3 training.gradient_checkpointing=true lora.dropout=0.2"
+)
+BY_EPOCH = f"{PLAIN} training.save_strategy=epoch training.max_steps=-1 training.num_train_epochs=2"
+
+
+@pytest.fixture
+def moment() -> random.Random:
+    """Where to kill; the seed is printed, so that a failure can be repeated."""
+    seed = int(os.environ.get("TRAINBOX_TEST_SEED") or time.time_ns() % 2**32)
+    print(f"TRAINBOX_TEST_SEED={seed}")
+    return random.Random(seed)
+
+
+def kill(command: Command, step: int, delay: float) -> None:
+    """SIGKILL to everything in the container, at some moment after this step."""
+    box = command.wait_for_container()
+    command.wait_for_step(step)
+    time.sleep(delay)
+    box.kill("SIGKILL")
+    ended = command.end()
+    assert ended.code == command.code_of(5), ended.text
+    ended.says("killed by signal 9", "make resume")
+
+
+def resume(output: Path) -> None:
+    ended = run("make", "resume", OUTPUT=str(output))
+    assert ended.code == 0, ended.text
+    assert "going on from checkpoint-" in ended.text
+
+
+def test_there_are_recipes() -> None:
+    assert {"llm-full", "llm-lora", "llm-qlora"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "kills"),
+    [*[(recipe, PLAIN, 1) for recipe in RECIPES], ("llm-lora", PACKED, 2), ("llm-qlora", UNEVEN, 1)],
+    ids=[*RECIPES, "packed, killed twice", "uneven, with gradient checkpointing"],
+)
+def test_a_killed_run_resumes_to_the_same_bits(
+    recipe: str, settings: str, kills: int, straight: Callable[..., Path], moment: random.Random, tmp_path: Path
+) -> None:
+    reference, output = straight(recipe, settings), tmp_path / "out"
+    command = Command(*training(recipe, output, settings), output=output)
+    for number in range(kills):
+        kill(command, moment.randint(5 + 8 * number, 11 + 8 * number), moment.uniform(0, 0.1))
+        if number + 1 < kills:
+            command = Command("make", "resume", output=output, OUTPUT=str(output))
+    resume(output)
+    assert_same_run(output, reference)
+    assert containers(output) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_resume_ends_the_same(
+    number: signal.Signals, straight: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Between two checkpoints; and inside an epoch where the epoch's end is when to evaluate and save.
+    step, settings = (6, PLAIN) if number == signal.SIGTERM else (5, BY_EPOCH)
+    reference, output = straight("llm-lora", settings), tmp_path / "out"
+    command = Command(*training("llm-lora", output, settings), output=output)
+    command.wait_for_step(step)
+    command.process.send_signal(number)
+    ended = command.end()
+    assert ended.code == 75, ended.text
+    stopped = last_step(output)
+    ended.says("finishing this step", f"checkpoint-{stopped} is saved", f"make resume OUTPUT={output}")
+    assert newest_complete(output) == (output / f"checkpoint-{stopped}", [])
+    assert containers(output) == []
+    resume(output)
+    assert_same_run(output, reference)
+
+
+def test_ctrl_c_of_make_saves_the_step_and_leaves_no_container(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    wanted = {"RECIPE": "llm-full", "PROFILE": "tiny", "OUTPUT": str(output), "SET": PLAIN}
+    command = Command("make", "train", output=output, **wanted)
+    command.wait_for_step(5)
+    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: to make, Python and all below
+    ended = command.end()
+    ended.says("finishing this step", "is saved")
+    assert newest_complete(output)[0] == output / f"checkpoint-{last_step(output)}"
+    assert containers(output) == []
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    # A step of many passes, long enough for both signals.
+    slow = "training.gradient_accumulation_steps=200 training.logging_steps=1 limits.cpus=1 training.max_steps=4"
+    command = Command(*training("llm-lora", output, slow), output=output)
+    command.wait_for_step(1)
+    for _ in range(2):
+        command.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    sent = time.monotonic()
+    ended = command.end()
+    assert time.monotonic() - sent < 5
+    assert ended.code == 5, ended.text
+    ended.says("once more to stop at once", "killed by signal 15")
+    assert newest_complete(output) == (None, [])
+    assert containers(output) == []
+
+
+def test_a_stop_before_the_first_step_leaves_no_container_and_a_second_process_is_refused_until_then(
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "out"
+    command = Command(*training("llm-lora", output), output=output)
+    command.wait_for_container()
+    second = run(*training("llm-lora", output, PLAIN, "--overwrite=1"))
+    assert second.code == 2
+    second.says(str(output), "another process trains into it right now", "OUTPUT=")
+    command.process.send_signal(signal.SIGTERM)
+    ended = command.end()
+    assert ended.code == 5
+    ended.says("killed by signal 15")
+    assert containers(output) == []
+
+
+def test_damaged_and_unsealed_checkpoints_are_skipped_by_name(straight: Callable[..., Path], tmp_path: Path) -> None:
+    reference, output = straight("llm-lora"), tmp_path / "out"
+    shutil.copytree(reference, output)
+    for name in ("run.json", "result.json"):
+        (output / name).unlink()
+    shutil.rmtree(output / "final")
+    weights = output / "checkpoint-24" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    (output / "checkpoint-20" / SEAL).unlink()
+    ended = run("make", "resume", OUTPUT=str(output))
+    assert ended.code == 0, ended.text
+    ended.says(
+        "skipped: checkpoint-24 is damaged: adapter_model.safetensors has changed",
+        "skipped: checkpoint-20 is incomplete: it was never sealed",
+        "going on from checkpoint-16",
+    )
+    assert_same_run(output, reference)

@@ -1,0 +1,409 @@
+"""What a run leaves behind: all of it there, recorded, usable without Trainbox; and what it could reach meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import PACKED, PLAIN, RECIPES, ROOT, SECRETS, Command, assert_same_run, run, training
+
+from trainbox.host import data, paths, pipeline
+from trainbox.host.engine import Docker
+from trainbox.spec.checkpoint import newest_complete
+from trainbox.spec.run import RunSpec
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_leaves_model_checkpoints_log_and_record(recipe: str, straight: Callable[..., Path]) -> None:
+    output = straight(recipe)
+    assert {path.name for path in output.iterdir() if path.name[0] != "."} - {"samples.jsonl"} == {
+        "checkpoint-16", "checkpoint-20", "checkpoint-24", "final", "logs", "metrics.jsonl", "result.json", "run.json",
+        "spec.json",
+    }  # fmt: skip
+    assert newest_complete(output) == (output / "checkpoint-24", [])
+    assert "saved checkpoint-24" in (output / "logs/train.log").read_text()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 25))
+    assert [line["step"] for line in lines if "eval_loss" in line] == list(range(4, 25, 4))
+    assert json.loads((output / "result.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_record_names_everything_that_made_the_model(recipe: str, straight: Callable[..., Path]) -> None:
+    output = straight(recipe)
+    found = json.loads((output / "run.json").read_text())
+    assert found["status"] == "finished"
+    assert found["choices"]["recipe"] == recipe
+    assert found["recipe"]["training"]["max_steps"] == found["metrics"]["steps"] == 24
+    assert all(len(digest) == 64 for digest in found["identity"].values())
+    assert len(found["git"]["revision"]) == 40
+    assert found["git"]["dirty"] in (True, False)
+    assert found["image"]["id"].startswith("sha256:")
+    assert found["image"]["layers"]
+    assert found["image"]["root"]
+    assert f"recipes/{recipe}/requirements.lock" in found["image"]["locks"]
+    assert found["engine"]["name"] == "docker"
+    assert found["engine"]["version"]
+    assert found["model"]["name"] == "random:llama"
+    assert len(found["model"]["files"]["model.safetensors"]) == 64
+    rows = (ROOT / "recipes" / recipe / "sample/train.jsonl").read_text().splitlines()
+    assert found["data"]["rows"]["train"] == len(rows)
+    assert len(found["data"]["hash"]) == 64
+    assert found["seed"] == 42
+    assert {"cpu", "cores", "memory_gb", "gpus", "kernel"} <= found["hardware"].keys()
+    assert found["metrics"]["last_loss"] < found["metrics"]["first_loss"]
+    assert {"eval_loss", "train_runtime", "trainable_parameters"} <= found["metrics"].keys()
+    (session,) = found["sessions"]
+    assert session["started"] < session["ended"]
+    assert session["resumed_from"] is None
+    assert session["environment"]["versions"].keys() >= {"torch", "transformers", "peft"}
+    assert set(found["artifacts"]) == {f"final/{path.name}" for path in (output / "final").iterdir()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_secret_is_in_what_a_run_leaves(recipe: str, straight: Callable[..., Path]) -> None:
+    output = straight(recipe)
+    files = [path for path in [output.with_suffix(".txt"), *output.rglob("*")] if path.is_file()]
+    assert len(files) > 10
+    values = [value.encode() for value in SECRETS.values()]
+    assert [path for path in files if any(value in path.read_bytes() for value in values)] == []
+
+
+# From inside
+
+INSIDE = """
+import json, os, socket
+def writes(path):
+    try:
+        open(path + "/probe", "w").close()
+        os.remove(path + "/probe")
+        return True
+    except OSError:
+        return False
+def connects():
+    try:
+        socket.create_connection(("1.1.1.1", 53), timeout=2)
+        return True
+    except OSError:
+        return False
+status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+print(json.dumps({
+    "interfaces": sorted(os.listdir("/sys/class/net")), "connects": connects(),
+    "user": [os.getuid(), os.getgid()], "capabilities": int(status["CapEff"], 16) + int(status["CapBnd"], 16),
+    "no_new_privs": status["NoNewPrivs"].strip(), "environment": sorted(os.environ),
+    "writable": [path for path in PATHS if writes(path)],
+}))
+"""
+
+
+def inside(engine: Docker, output: Path, script: str) -> str:
+    """What a Python script says in the very container of a run: its flags, its image, another command."""
+    spec = RunSpec.read(output / "spec.json")
+    _, mounts = data.check(spec.recipe, pipeline.recipe_folder(spec.choices["recipe"]))
+    image, model = spec.origin["image"]["tag"], Path(spec.model.reference)
+    box = pipeline.train_box(spec, image, model, mounts, output, use_gpus=False)
+    argv = engine.argv(replace(box, command=("-c", script)))
+    argv[argv.index(image) : argv.index(image)] = ["--rm", "--entrypoint", "python"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, **SECRETS})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_sandbox_of_a_training_holds_from_inside(
+    engine: Docker, straight: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    shutil.copy(straight("llm-lora") / "spec.json", output)
+    targets = ["/", "/opt/trainbox", "/opt/venv", "/etc", "/data/files", "/model", "/cache", "/output", "/tmp"]
+    found = json.loads(inside(engine, output, INSIDE.replace("PATHS", repr(targets))))
+    environment = set(found.pop("environment"))
+    assert found == {
+        "interfaces": ["lo"],
+        "connects": False,
+        "user": [os.getuid(), os.getgid()],
+        "capabilities": 0,
+        "no_new_privs": "1",
+        "writable": ["/output", "/tmp"],
+    }
+    assert environment & SECRETS.keys() == set()
+    assert {"HF_HUB_OFFLINE", "WANDB_MODE"} <= environment
+
+
+def test_no_secret_is_in_the_running_container_or_its_image(engine: Docker, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = Command(*training("llm-lora", output), output=output)
+    box = command.wait_for_container()
+    box.reload()
+    told = json.dumps([box.attrs, engine.client.images.get(box.attrs["Image"]).history()])
+    command.process.terminate()
+    told += command.end().text
+    assert str(output) in told
+    assert [name for name, value in SECRETS.items() if value in told] == []
+
+
+# Afterwards, without Trainbox
+
+OUTSIDE = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+recipes, base = sys.argv[1:-1], sys.argv[-1]
+told = {}
+for recipe in recipes:
+    folder = f"/runs/{recipe}/final"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    question = [{"role": "user", "content": "What is Trainbox?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    load = AutoModelForCausalLM if recipe == "llm-full" else AutoPeftModelForCausalLM
+    trained = load.from_pretrained(folder).eval()
+    reply = trained.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    def logits(model):
+        with torch.no_grad():
+            return model(**inputs).logits
+    told[recipe] = {
+        "learned": (logits(trained) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max().item(),
+        "answer": tokenizer.decode(reply, skip_special_tokens=True).strip(),
+    }
+    if recipe == "llm-lora":
+        merged = AutoModelForCausalLM.from_pretrained("/merged")
+        AutoTokenizer.from_pretrained("/merged")
+        told[recipe]["merged"] = (logits(trained) - logits(merged)).abs().max().item()
+assert not [name for name in sys.modules if name.startswith("trainbox")]
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def merged(straight: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make merge` writes of llm-lora's run."""
+    folder = tmp_path_factory.mktemp("merge") / "merged"
+    ended = run("make", "merge", CHECKPOINT=str(straight("llm-lora") / "final"), OUTPUT=str(folder))
+    assert ended.code == 0, ended.text
+    ended.says(f"merged model: {folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outside(straight: Callable[..., Path], merged: Path) -> dict[str, dict[str, Any]]:
+    """What plain transformers and PEFT say of the runs, in a process that knows nothing of Trainbox."""
+    record = json.loads((straight("llm-lora") / "run.json").read_text())
+    base = record["model"]["reference"]
+    mounts = {base: base, str(merged): "/merged", **{str(straight(recipe)): f"/runs/{recipe}" for recipe in RECIPES}}
+    argv = ["docker", "run", "--rm", "--network=none", *[f"-v{source}:{to}:ro" for source, to in mounts.items()]]
+    argv += ["--user=0", "--env=HF_HUB_OFFLINE=1", "--entrypoint=env", record["image"]["tag"]]
+    argv += ["-u", "PYTHONPATH", "python", "-c", OUTSIDE, *RECIPES, base]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return told
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_plain_libraries_load_the_model_and_it_has_learned(recipe: str, outside: dict[str, dict[str, Any]]) -> None:
+    assert outside[recipe]["learned"] > 1e-3
+
+
+def test_the_merged_model_is_base_and_adapter(outside: dict[str, dict[str, Any]]) -> None:
+    assert outside["llm-lora"]["merged"] < 1e-4
+
+
+@pytest.mark.parametrize("recipe", ["llm-full", "llm-lora"])
+def test_infer_prints_the_answer_that_plain_libraries_give(
+    recipe: str, straight: Callable[..., Path], outside: dict[str, dict[str, Any]]
+) -> None:
+    # `invoke` for max_new_tokens, so that both stop at the same token.
+    folder = straight(recipe) / "final"
+    ended = run("infer", f"--checkpoint={folder}", "--prompt=What is Trainbox?", "--max-new-tokens=8")
+    assert ended.code == 0, ended.text
+    assert outside[recipe]["answer"] in ended.text
+
+
+def test_make_infer_prints_an_answer(straight: Callable[..., Path]) -> None:
+    ended = run("make", "infer", CHECKPOINT=str(straight("llm-qlora") / "final"), PROMPT='It\'s "what" $HOME?')
+    assert ended.code == 0, ended.text
+    ended.says()
+    assert ended.text.strip()
+
+
+# The record verifies
+
+
+@pytest.fixture
+def copied(straight: Callable[..., Path], tmp_path: Path) -> Path:
+    """A finished run that a test may damage."""
+    return Path(shutil.copytree(straight("llm-lora"), tmp_path / "out"))
+
+
+def test_an_untouched_run_verifies(copied: Path) -> None:
+    ended = run("verify", str(copied))
+    assert ended.code == 0, ended.text
+    ended.says("all as recorded")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (lambda out: flip(out / "final/adapter_model.safetensors"), "adapter_model.safetensors has changed"),
+    "edited": (lambda out: edit(out / "spec.json", '"seed": 42', '"seed": 43'), "spec.json has changed"),
+    "missing": (lambda out: (out / "final/tokenizer.json").unlink(), "final/tokenizer.json is missing"),
+    "added": (lambda out: (out / "final/extra.bin").touch(), "final/extra.bin was added"),
+    "checkpoint": (lambda out: flip(out / "checkpoint-20/optimizer.pt"), "checkpoint-20 is damaged: optimizer.pt"),
+}
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_what_changed(damage: str, copied: Path) -> None:
+    harm, told = DAMAGES[damage]
+    harm(copied)
+    ended = run("verify", str(copied))
+    assert ended.code == 5
+    ended.says(told)
+
+
+# An output that is taken
+
+
+def test_a_taken_output_is_refused_with_three_ways_out(copied: Path) -> None:
+    ended = run(*training("llm-lora", copied))
+    assert ended.code == 2
+    ended.says(str(copied), "holds another run", "make resume", f"OUTPUT={copied}-2", "OVERWRITE=1")
+    assert (copied / "final").is_dir()
+
+
+def test_overwriting_removes_the_old_run_and_nothing_else(copied: Path) -> None:
+    (copied / "notes.txt").write_text("mine")
+    (copied / "checkpoint-mine").mkdir()
+    command = Command(*training("llm-lora", copied, PLAIN, "--overwrite=1"), output=copied)
+    command.wait_for_container()
+    left = {path.name for path in copied.iterdir()}
+    command.process.terminate()
+    command.end()
+    assert left - {".lock", "logs", "cache"} == {"notes.txt", "checkpoint-mine", "spec.json"}
+
+
+# The image by itself
+
+
+@pytest.fixture
+def volume(engine: Docker) -> Iterator[str]:
+    """A new volume's name."""
+    made = engine.client.volumes.create()
+    yield made.name
+    made.remove(force=True)
+
+
+def test_the_image_alone_trains_and_goes_on_after_a_kill_to_the_same_weights(
+    engine: Docker, straight: Callable[..., Path], volume: str, tmp_path: Path
+) -> None:
+    reference = straight("llm-lora")
+    image = RunSpec.read(reference / "spec.json").origin["image"]["tag"]
+    settings = [part for setting in PLAIN.split() for part in ("--set", setting)]
+    sample = paths.REPO / "recipes/llm-lora/sample"
+    argv = [
+        "docker",
+        "run",
+        "--rm",
+        "--env=OMP_NUM_THREADS=1",
+        "--network=none",
+        f"-v{sample}:/data",
+        f"-v{volume}:/output",
+    ]
+    argv += [image, "train", "--profile", "tiny", *settings]
+    first = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert first.stdout
+    for line in first.stdout:
+        if "saved checkpoint-12" in line:
+            (box,) = engine.client.containers.list(filters={"volume": volume})
+            box.kill("SIGKILL")
+            break
+    first.communicate()
+    assert first.returncode == 137
+    second = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "going on from checkpoint-" in second.stdout
+    copy = ["docker", "run", "--rm", "--user=0", f"-v{volume}:/output", f"-v{tmp_path}:/copy", "--entrypoint=cp"]
+    subprocess.run([*copy, image, "-r", "/output", "/copy"], check=True)
+    assert_same_run(tmp_path / "output", reference)
+    third = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (third.returncode, "nothing to do" in third.stdout) == (0, True), third.stdout
+
+
+# What only a look inside shows
+
+LOADED = """
+import contextlib, sys, torch
+from pathlib import Path
+from trainbox.container.sft import *
+spec = RunSpec.read(Path("/output/spec.json"))
+tokenizer = load_tokenizer("/model", spec.recipe.data, trust_remote_code=False)
+data = prepared(spec, tokenizer)
+model = load_model(spec.recipe)
+trainer = build_trainer(spec.recipe, model, tokenizer, data, shared.Interrupt())
+(batch,) = (batch for _, batch in zip(range(1), trainer.get_train_dataloader()))
+"""
+
+GRADIENTS = """
+def gradients():
+    torch.manual_seed(0)
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+before = gradients()
+trainer.evaluate()
+answer(trainer.model, tokenizer, "What?", 2)
+after = gradients()
+assert before.keys() == after.keys()
+assert [name for name in before if not torch.equal(before[name], after[name])] == []
+learning = [name for name, gradient in after.items() if gradient.abs().sum() > 0]
+assert len(learning) == len([name for name in after if "lora_B" in name]) > 10, learning
+"""
+
+ATTENTION = """
+starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
+assert len(starts) > 5, starts
+trainer.model.eval()
+inputs = {name: value for name, value in batch.items() if name != "labels"}
+def logits(**inputs):
+    with torch.no_grad():
+        return trainer.model(**inputs).logits[0]
+packed = logits(**inputs)
+for first, end in zip(starts, starts[1:]):
+    alone = logits(input_ids=batch["input_ids"][:, first:end])
+    torch.testing.assert_close(packed[first:end], alone, atol=1e-5, rtol=1e-5)
+# Another first row leaves every other row's logits as they were.
+other = batch["input_ids"].clone()
+other[:, : starts[1]] = other[:, : starts[1]].flip(1)
+changed = logits(**{**inputs, "input_ids": other})
+assert not torch.equal(changed[: starts[1]], packed[: starts[1]])
+assert torch.equal(changed[starts[1] :], packed[starts[1] :])
+"""
+
+
+def test_an_evaluation_leaves_the_gradients_of_a_4_bit_model_as_they_were(
+    engine: Docker, straight: Callable[..., Path]
+) -> None:
+    inside(engine, straight("llm-qlora"), LOADED + GRADIENTS)
+
+
+def test_packed_rows_do_not_attend_to_each_other(engine: Docker, straight: Callable[..., Path]) -> None:
+    inside(engine, straight("llm-lora", PACKED), LOADED + ATTENTION)
