@@ -181,6 +181,6 @@ def _tool(name: str, *arguments: str) -> None:
         sys.exit(code)
 
 
-if sys.argv[1:] == ["explain"]:  # Invoke knows no positional argument that may be left out
+if sys.argv[-1] == "explain":  # Invoke knows no positional argument that may be left out
     explain(Context(), section="")
     sys.exit()

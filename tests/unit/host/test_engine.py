@@ -39,7 +39,7 @@ def test_the_whole_run_line() -> None:
     assert line == [
         "docker", "run", "--label", "org.trainbox=run", "--name", "train-1", "--cidfile", "/scratch/id",
         "--init", "--user", USER, "--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-        "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777", "--shm-size", "8g",
+        "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777", "--shm-size", "2g",
         "--memory", "8g", "--cpus", "1.5", "--gpus", "all",
         "--mount", 'type=bind,"source=/home/a,b",target=/data,readonly',
         "--mount", "type=bind,source=/home/out,target=/output",
@@ -53,7 +53,7 @@ def test_a_download_gets_the_network_and_nothing_else() -> None:
     assert line == [
         "docker", "run", "--label", "org.trainbox=run", "--init", "--user", USER, "--cap-drop", "ALL",
         "--security-opt", "no-new-privileges", "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777",
-        "--shm-size", "8g", "i", "fetch",
+        "--shm-size", "2g", "i", "fetch",
     ]  # fmt: skip
 
 

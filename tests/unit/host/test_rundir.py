@@ -1,0 +1,71 @@
+import json
+
+import pytest
+
+from trainbox.errors import ConfigError
+from trainbox.host import rundir
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINBOX_CACHE", str(tmp_path / "cache"))
+
+
+def leave_run(output, status="interrupted"):
+    (output / "checkpoint-4").mkdir(parents=True)
+    (output / "run.json").write_text(json.dumps({"status": status}))
+    (output / "spec.json").write_text("{}")
+    (output / "notes.txt").write_text("mine")
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_the_three_ways_out(tmp_path):
+    leave_run(tmp_path / "o")
+    with pytest.raises(ConfigError, match="interrupted") as caught, rundir.claim(tmp_path / "o", overwrite=False):
+        pass
+    for way in ("make resume", "OUTPUT=", "OVERWRITE=1"):
+        assert way in caught.value.remedy
+
+
+def test_overwriting_takes_away_the_run_and_nothing_else(tmp_path):
+    leave_run(tmp_path / "o", "finished")
+    with rundir.claim(tmp_path / "o", overwrite=True):
+        assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [".lock", "notes.txt"]
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_is_in_nobodys_way(tmp_path):
+    leave_run(tmp_path / "o", "failed")
+    (tmp_path / "o" / "checkpoint-4").rmdir()
+    with rundir.claim(tmp_path / "o", overwrite=False):
+        assert not (tmp_path / "o" / "spec.json").exists()
+
+
+def test_a_run_that_never_began_leaves_no_folder(tmp_path):
+    with pytest.raises(RuntimeError), rundir.claim(tmp_path / "o", overwrite=False):
+        raise RuntimeError
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_second_process_is_refused(tmp_path):
+    def claimed():
+        return rundir.claim(tmp_path / "o", overwrite=False)
+
+    with claimed(), pytest.raises(ConfigError, match="another process"), claimed():
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_a_config_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"), rundir.claim(tmp_path / "file" / "o", overwrite=False):
+        pass
+
+
+def test_tokenised_data_moves_to_the_shared_cache_and_half_made_data_does_not(tmp_path):
+    whole, half = tmp_path / "o/cache/key", tmp_path / "o/cache/.other.tmp"
+    for folder in (whole, half):
+        folder.mkdir(parents=True)
+    (whole / "stats.json").write_text("{}")
+    (tmp_path / "cache/prepared").mkdir(parents=True)
+    rundir.keep_prepared(tmp_path / "o")
+    assert (tmp_path / "cache/prepared/key/stats.json").exists()
+    assert [path.name for path in (tmp_path / "cache/prepared").iterdir()] == ["key"]
+    assert not (tmp_path / "o/cache").exists()
