@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -150,3 +151,12 @@ def assert_same_run(output: Path, reference: Path) -> None:
     mine, other = training_state(output / last), training_state(reference / last)
     assert mine.keys() == other.keys()
     assert [name for name in mine if mine[name] != other[name]] == []
+
+
+def copy_checkout(root: Path) -> Path:
+    """A copy of this project that a test may change."""
+    for name in ("docker", "recipes", "src"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tasks.py", "Makefile"):
+        shutil.copy(ROOT / name, root)
+    return root

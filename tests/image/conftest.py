@@ -5,13 +5,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from commands import PLAIN, ROOT, run, training
+from commands import PLAIN, run, training
 
 from trainbox.errors import EngineError
 from trainbox.host import engine as engines
@@ -57,15 +56,3 @@ def straight(engine: engines.Docker, tmp_path_factory: pytest.TempPathFactory) -
         return output
 
     return get
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of this project that a test may change."""
-    root = tmp_path / "checkout"
-    root.mkdir()
-    for name in ("docker", "recipes", "src"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("tasks.py", "Makefile"):
-        shutil.copy(ROOT / name, root)
-    return root

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from commands import PLAIN, ROOT, Command, assert_same_run, containers, run, training
+from commands import PLAIN, Command, assert_same_run, containers, copy_checkout, run, training
 
 from trainbox.host.engine import Docker
 from trainbox.spec.checkpoint import newest_complete
@@ -119,7 +119,8 @@ def test_a_read_only_output_is_refused(file_system: Callable[[str], Path]) -> No
 
 
 @pytest.mark.usefixtures("engine")
-def test_a_failed_build_shows_its_last_lines(checkout: Path, tmp_path: Path) -> None:
+def test_a_failed_build_shows_its_last_lines(tmp_path: Path) -> None:
+    checkout = copy_checkout(tmp_path / "checkout")
     file = checkout / "recipes/llm-lora/Dockerfile"
     file.write_text(f"{file.read_text()}\nRUN echo about to fail && echo 'no such thing' >&2 && exit 7\n")
     ended = run(*training("llm-lora", tmp_path / "out"), root=checkout)
@@ -197,6 +198,3 @@ def test_an_unexpected_error_keeps_its_traceback_in_the_logs(engine: Docker, mod
     assert ended.code in (2, 5), ended.text
     ended.says("error: ")
     assert "Traceback" in (output / "logs/traceback.txt").read_text()
-
-
-assert ROOT

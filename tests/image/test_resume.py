@@ -7,13 +7,29 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import PACKED, PLAIN, RECIPES, Command, assert_same_run, containers, last_step, run, training
+from commands import (
+    PACKED,
+    PLAIN,
+    RECIPES,
+    ROOT,
+    Command,
+    Ended,
+    assert_same_run,
+    containers,
+    copy_checkout,
+    last_step,
+    run,
+    training,
+)
 
+from trainbox.host.engine import Docker
 from trainbox.spec.checkpoint import SEAL, newest_complete
+from trainbox.spec.run import RunSpec
 
 # Neither the steps between two logs nor those between two evaluations divide those between two checkpoints.
 UNEVEN = (
@@ -156,3 +172,93 @@ def test_damaged_and_unsealed_checkpoints_are_skipped_by_name(straight: Callable
         "going on from checkpoint-16",
     )
     assert_same_run(output, reference)
+
+
+def test_a_killed_harness_leaves_a_training_that_saves_and_stops(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = Command(*training("llm-full", output), output=output)
+    box = command.wait_for_container()
+    command.wait_for_step(5)
+    command.process.kill()
+    assert box.wait()["StatusCode"] == 75
+    box.remove()
+    assert newest_complete(output)[0] == output / f"checkpoint-{last_step(output)}"
+
+
+# What has changed since
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A stopped run whose checkout, data and model are its own, to be changed."""
+
+    root: Path
+    output: Path
+    data: Path
+    model: Path
+
+    def resume(self, *more: str) -> Ended:
+        return run("resume", f"--output={self.output}", *more, root=self.root)
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    engine: Docker, straight: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Interrupted]:
+    folder = tmp_path_factory.mktemp("interrupted")
+    it = Interrupted(copy_checkout(folder / "checkout"), folder / "out", folder / "data.jsonl", folder / "model")
+    change_source(it.root, "an image of its own, that may be removed")
+    shutil.copy(ROOT / "recipes/llm-lora/sample/train.jsonl", it.data)
+    shutil.copytree(RunSpec.read(straight("llm-lora") / "spec.json").model.reference, it.model)
+    arguments = training("llm-lora", it.output, PLAIN, f"--data={it.data}", f"--model={it.model}")
+    command = Command(*arguments, output=it.output, root=it.root)
+    command.wait_for_step(5)
+    command.process.terminate()
+    ended = command.end()
+    assert ended.code == 75, ended.text
+    yield it
+    engine.client.images.remove(image_of(it), force=True)
+
+
+def image_of(it: Interrupted) -> str:
+    return str(RunSpec.read(it.output / "spec.json").origin["image"]["id"])
+
+
+def change_source(root: Path, comment: str) -> None:
+    with (root / "src/trainbox/__init__.py").open("a") as file:
+        file.write(f"# {comment}\n")
+
+
+CHANGES: dict[str, tuple[Callable[[Interrupted], Path], str, str, str]] = {
+    "data": (lambda it: it.data, "litres", "liters", "data was "),
+    "base model": (lambda it: it.model / "config.json", "1e-06", "1e-05", "base model was "),
+    "recipe": (lambda it: it.root / "recipes/llm-lora/recipe.yaml", "{r: 4,", "{r: 8,", "lora.r was 4, is 8"),
+    "spec": (lambda it: it.output / "spec.json", '"seed": 42', '"seed": 43', "spec.json was edited"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_resume_refuses_when_something_has_changed_and_names_it(what: str, interrupted: Interrupted) -> None:
+    where, old, new, told = CHANGES[what]
+    file = where(interrupted)
+    before = file.read_bytes()
+    assert old.encode() in before
+    file.write_bytes(before.replace(old.encode(), new.encode()))
+    try:
+        ended = interrupted.resume()
+    finally:
+        file.write_bytes(before)
+    assert ended.code == 2, ended.text
+    ended.says("no longer the run that was interrupted", told, "FORCE=1")
+
+
+def test_resume_refuses_another_image_and_goes_on_by_force(engine: Docker, interrupted: Interrupted) -> None:
+    engine.client.images.remove(image_of(interrupted), force=True)
+    change_source(interrupted.root, "another image")
+    ended = interrupted.resume()
+    assert ended.code == 2, ended.text
+    ended.says("no longer the run that was interrupted", "image was ", "FORCE=1")
+    ended = interrupted.resume("--force=1")
+    assert ended.code == 0, ended.text
+    ended.says("resuming although this differs", "image was ", "going on from checkpoint-")
+    assert last_step(interrupted.output) == 24
