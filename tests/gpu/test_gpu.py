@@ -1,0 +1,68 @@
+"""The same containers on a GPU: each recipe trains on it, resumes exactly, and the image is what the card needs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from trainbox.host import hardware, paths, pipeline
+
+pytestmark = pytest.mark.skipif(not hardware.gpus(), reason="no GPU here")
+TINY = "training.max_steps=12 training.save_steps=4 training.logging_steps=1"
+
+
+def invoke(*arguments, **env):
+    argv = [sys.executable, "-m", "invoke", *arguments]
+    done = subprocess.run(argv, cwd=paths.REPO, env={**os.environ, **env}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def train(recipe, output, settings=TINY):
+    invoke(
+        "train", "--recipe", recipe, "--profile", "tiny", "--gpus", "all", "--set", settings, "--output", str(output)
+    )
+    return json.loads((output / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    runs = {}
+
+    def get(recipe):
+        if recipe not in runs:
+            output = tmp_path_factory.mktemp(recipe) / "output"
+            runs[recipe] = (output, train(recipe, output))
+        return runs[recipe]
+
+    return get
+
+
+@pytest.mark.parametrize("recipe", pipeline.recipe_names())
+def test_a_recipe_trains_on_the_gpu_and_the_record_names_it(recipe, trained):
+    _, record = trained(recipe)
+    assert record["hardware"]["gpus_used"] is True
+    assert record["sessions"][0]["environment"]["device"] == hardware.gpus()[0].name
+    assert record["metrics"]["last_loss"] < record["metrics"]["first_loss"]
+
+
+@pytest.mark.parametrize("recipe", pipeline.recipe_names())
+def test_a_resumed_run_ends_with_the_same_weights(recipe, trained, tmp_path):
+    output, record = trained(recipe)
+    again = tmp_path / "output"
+    shutil.copytree(output, again)
+    invoke("resume", "--checkpoint", str(again / "checkpoint-8"), "--gpus", "all")
+    assert json.loads((again / "run.json").read_text())["artifacts"] == record["artifacts"]
+
+
+def test_packed_training_runs_on_the_gpu(tmp_path):
+    record = train("llm-lora", tmp_path / "output", f"{TINY} data.packing=true")
+    assert record["metrics"]["steps"] == 12
+
+
+def test_infer_answers_on_the_gpu(trained):
+    output, _ = trained("llm-lora")
+    assert invoke("infer", "--checkpoint", str(output / "final"), "--prompt", "Hello").strip()
