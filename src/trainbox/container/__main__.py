@@ -76,11 +76,14 @@ def train(command: argparse.Namespace) -> None:
         emit("note", text="this output holds a finished run: nothing to do")
         return
     emit("stage", text="loading the libraries")  # takes seconds: the person sees that the box is up
+    # One process uses one GPU; the Trainer would else split each batch over all that it sees.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     from trainbox.container.trainer import Interrupt
 
     interrupt = Interrupt()
     outcome: dict[str, Any] = {"status": "finished", "exit_code": 0}
     try:
+        check_gpu()
         outcome["metrics"] = tasks()[spec.recipe.task](spec, interrupt, resume)
     except Exception as error:
         known = error if isinstance(error, TrainboxError) else recognise(error)
@@ -91,6 +94,20 @@ def train(command: argparse.Namespace) -> None:
         outcome |= {"started": started.isoformat(), "ended": datetime.now(UTC).isoformat()}
         outcome |= {"resumed_from": resume.name if resume else None, "environment": environment()}
         record.write_result(box(BOX_OUTPUT), spec, outcome)
+
+
+def check_gpu() -> None:
+    """Raise HardwareError where a GPU was handed in that CUDA cannot use: torch would silently train on the CPU."""
+    import torch
+
+    handed_in = Path("/dev/nvidiactl").exists() and os.environ["CUDA_VISIBLE_DEVICES"] != ""
+    if handed_in and not torch.cuda.is_available():
+        raise HardwareError(
+            f"a GPU is here, but CUDA {torch.version.cuda} cannot use it",
+            place="GPU",
+            remedy="its driver is most likely older than the image needs (docker inspect: org.trainbox.min-driver):\n"
+            "update it, or train on the CPU: GPUS=none",
+        )
 
 
 def tasks() -> dict[str, Task]:

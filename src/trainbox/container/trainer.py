@@ -174,6 +174,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """From here on a signal waits for the end of the step."""
         _forget_after(self._file, state.global_step)
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():  # the state has it by the path of an earlier session, which the local engine may have changed
+            state.best_model_checkpoint = str(best)
         self._interrupt.training = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
