@@ -40,7 +40,7 @@ def test_a_dry_run_prints_the_spec_and_the_sandboxed_command_and_does_nothing(tm
         "--output", str(tmp_path / "o"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    spec = json.loads(done.stdout[: done.stdout.rindex("}\n") + 1])
+    spec = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}\n") + 1])
     assert spec["recipe"]["lora"]["r"] == 2
     assert spec["data"]["rows"]["train"] >= 100
     assert not (tmp_path / "o").exists()

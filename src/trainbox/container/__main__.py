@@ -187,7 +187,8 @@ def recognise(error: Exception) -> TrainboxError:
 
 def tell(error: TrainboxError) -> None:
     """Say an error once, for a person."""
-    emit("error", kind=error.kind, place=error.place, fault=error.fault, remedy=error.remedy)
+    place = error.place.removeprefix(os.environ.get("TRAINBOX_ROOT", ""))
+    emit("error", kind=error.kind, place=place, fault=error.fault, remedy=error.remedy)
 
 
 def _keep_traceback(error: Exception) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -64,6 +65,9 @@ def load_model(recipe: SftRecipe) -> Any:
     except (OSError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"is no causal language model: {first}", place="model.name") from error
+    except SafetensorError as error:
+        remedy = "copy or download the model again"
+        raise ConfigError(f"its weights cannot be read: {error}", place="model.name", remedy=remedy) from error
     model.config.use_cache = False
     _keep_trainable(model)
     return model
@@ -126,14 +130,17 @@ def build_trainer(
 ) -> Trainer:
     """The trainer over tokenised data."""
     validation = data.get("validation")
-    config = SFTConfig(
-        **shared.arguments(recipe.training, has_validation=validation is not None),
-        max_length=recipe.data.max_length if recipe.data.packing else None,
-        packing=recipe.data.packing,
-        eval_packing=recipe.data.packing,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        prediction_loss_only=True,
-    )
+    try:
+        config = SFTConfig(
+            **shared.arguments(recipe.training, has_validation=validation is not None),
+            max_length=recipe.data.max_length if recipe.data.packing else None,
+            packing=recipe.data.packing,
+            eval_packing=recipe.data.packing,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            prediction_loss_only=True,
+        )
+    except ValueError as error:  # settings that exclude each other, in the Trainer's own words
+        raise ConfigError(str(error).splitlines()[0], place="training") from error
     try:
         trainer = Trainer(
             model=model,

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints, set_seed
 
 from trainbox.container.report import emit
-from trainbox.errors import Interrupted, TrainboxError, TrainingError
+from trainbox.errors import ConfigError, Interrupted, TrainboxError, TrainingError
 from trainbox.spec.checkpoint import publish, step_of
 from trainbox.spec.recipe import Training
 from trainbox.spec.run import BOX_OUTPUT, box, write_json
@@ -139,6 +139,8 @@ def _cannot_save(error: Exception, output: Path, name: str) -> Exception:
     if isinstance(error, TrainboxError):
         return error
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    # torch.save says no more than that it stands at another position than it should.
+    full = full or shutil.disk_usage(output).free < 2**20
     if not full and not isinstance(error, OSError):
         return error
     kept = sorted((path for path in output.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
@@ -250,6 +252,11 @@ def arguments(training: Training, *, has_validation: bool) -> dict[str, Any]:
     own = {"deterministic", "early_stopping_patience", "warmup_ratio", "gradient_checkpointing"}
     values = training.model_dump(exclude=own)
     chosen = precision(training)
+    wants_best = training.load_best_model_at_end or training.early_stopping_patience
+    if wants_best and not has_validation:
+        fault = "load_best_model_at_end and early_stopping_patience need validation data"
+        remedy = "set data.validation_file or data.validation_split"
+        raise ConfigError(fault, place="training", remedy=remedy)
     strategy = training.eval_strategy
     if strategy == "auto":
         strategy = "steps" if has_validation else "no"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -168,7 +169,8 @@ def _run(chosen: Engine, box: Box, spec: RunSpec, output: Path) -> None:
         finished = chosen.run(box, watcher.on_line)
     rundir.keep_prepared(output)
     if not (output / record.RESULT).exists():
-        _record_end(output, spec, finished, started)
+        with contextlib.suppress(OSError):  # no room for it: what stopped the run says so below
+            _record_end(output, spec, finished, started)
     if "wandb" in spec.recipe.training.report_to:
         _sync_wandb(chosen, box, output)
     try:
@@ -176,7 +178,18 @@ def _run(chosen: Engine, box: Box, spec: RunSpec, output: Path) -> None:
     except Interrupted as stopped:
         stopped.remedy = f"go on with: make resume{_output_argument(output)}"
         raise
+    except TrainboxError as error:
+        error.place = _on_host(error.place, box.mounts)
+        raise
     _summary(output)
+
+
+def _on_host(place: str, mounts: tuple[Mount, ...]) -> str:
+    """A place in the box by the path that the person knows it by."""
+    for mount in mounts:
+        if re.match(rf"{re.escape(mount.target)}($|[/:])", place):
+            return f"{mount.source}{place.removeprefix(mount.target)}"
+    return place
 
 
 def _record_end(output: Path, spec: RunSpec, finished: Finished, started: datetime) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from pathlib import Path
 from types import TracebackType
@@ -36,15 +37,17 @@ class Watcher:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._close_bar()
         if self._log:
-            self._log.close()
+            with contextlib.suppress(OSError):
+                self._log.close()
 
     def on_line(self, line: str) -> None:
         """Take one line of the box."""
         event = decode(line)
         text = to_text(event) if event else line
         if self._log and text:
-            self._log.write(text + "\n")
-            self._log.flush()
+            with contextlib.suppress(OSError):  # a full disk is the box's to tell
+                self._log.write(text + "\n")
+                self._log.flush()
         if event is None:
             self._other.append(line)
         else:

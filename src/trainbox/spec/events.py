@@ -46,8 +46,17 @@ def to_text(event: Event) -> str:
 
 def metrics_text(metrics: dict[str, Any]) -> str:
     """`loss 1.234  eval_loss 1.1`: the figures worth a look."""
-    shown = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second")
-    return "  ".join(f"{key} {_figure(metrics[key])}" for key in shown if key in metrics)
+    return "  ".join(f"{shown} {_figure(metrics[key])}" for key, shown in SHOWN.items() if key in metrics)
+
+
+SHOWN = {
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "learning_rate": "lr",
+    "epoch": "epoch",
+    "tokens_per_second": "tokens/s",
+}
+"""The rest is in metrics.jsonl: a line has to fit a terminal."""
 
 
 def _figure(value: Any) -> str:

@@ -122,6 +122,20 @@ class Data(Section):
     """How a row becomes text. auto: the model's chat template, else `instruction`; none: as it is."""
 
 
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "ademamix",
+    "ademamix_8bit", "paged_ademamix_8bit", "lion_32bit", "lion_8bit", "paged_lion_8bit", "adafactor", "sgd",
+    "adagrad", "rmsprop",
+]  # fmt: skip
+"""Those of transformers' names that the image's own packages serve."""
+
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+
+Size = Annotated[str, Field(pattern=r"^\d+[bkmgBKMG]?$")]
+
+
 class Training(Section):
     """The run; names as in transformers' TrainingArguments."""
 
@@ -139,7 +153,7 @@ class Training(Section):
     """Passes per optimizer step; effective batch = batch size x this x devices."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Schedule = "cosine"
     """Learning rate schedule, by transformers' name."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps over which the learning rate rises."""
@@ -155,8 +169,8 @@ class Training(Section):
     """AdamW's epsilon."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradient clipping norm; 0 for none."""
-    optim: str = "adamw_torch_fused"
-    """Optimizer, by transformers' name (adamw_torch_fused, paged_adamw_8bit, adafactor ...)."""
+    optim: Optimizer = "adamw_torch_fused"
+    """Optimizer, by transformers' name."""
     bf16: bool | None = None
     """bfloat16 mixed precision; default: on where the GPU has it."""
     fp16: bool | None = None
@@ -218,11 +232,11 @@ class Sample(Section):
 class Limits(Section):
     """What the container may use at most."""
 
-    memory: str | None = None
+    memory: Size | None = None
     """Memory, as for `docker run`: 16g."""
     cpus: PositiveFloat | None = None
     """CPU cores."""
-    shm_size: str = "2g"
+    shm_size: Size = "2g"
     """Shared memory, which data loader processes pass batches through."""
 
 

@@ -18,7 +18,7 @@ def test_metrics_are_shown_and_everything_is_kept_in_the_log(tmp_path, capsys):
         feed(watcher, METRICS, "a library's own line")
     assert "step 10/60  loss 1.5" in capsys.readouterr().out
     assert (tmp_path / "logs" / "train.log").read_text().splitlines() == [
-        "step 10/60  loss 1.5  learning_rate 0.0001",
+        "step 10/60  loss 1.5  lr 0.0001",
         "a library's own line",
     ]
 

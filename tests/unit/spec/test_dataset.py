@@ -111,12 +111,12 @@ def test_a_validation_and_a_test_file_may_be_named(folder):
     }
 
 
-def test_a_path_is_meant_from_where_the_person_stands_then_from_the_recipe(folder):
-    fill(folder / "a.jsonl")
-    assert resolve("a.jsonl", folder) == folder / "a.jsonl"
+def test_a_path_is_meant_from_the_recipe_then_from_where_the_person_stands(folder):
     here = fill(Path.cwd() / "a.jsonl")
     assert resolve("a.jsonl", folder) == here
-    assert resolve(str(folder / "a.jsonl"), folder) == folder / "a.jsonl"
+    fill(folder / "a.jsonl")
+    assert resolve("a.jsonl", folder) == folder / "a.jsonl"
+    assert resolve(str(here), folder) == here
 
 
 @pytest.mark.parametrize("path", ["none.jsonl", "~nobody-here/x", "x" * 5000, "a\0b", "/nowhere/at/all"])
