@@ -161,7 +161,7 @@ def test(c, only=""):
         _tool("pytest", "tests/unit", "-n", "2")
     if only in ("", "image"):
         engine(c)
-        _tool("pytest", "tests/image", "--durations=10")
+        _tool("pytest", "tests/image", "-n", "2", "--dist", "loadfile", "--durations=10")
     if only in ("", "gpu"):
         _tool("pytest", "tests/gpu")
 

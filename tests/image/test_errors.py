@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -147,7 +148,7 @@ def test_cut_off_weights_are_told_of_the_model(engine: Docker, model: Path, tmp_
     cut(model / "model.safetensors")
     ended = run(*training("llm-lora", tmp_path / "out", PLAIN, f"--model={model}"))
     assert ended.code == 2, ended.text
-    ended.says("model.name", "cannot be loaded")
+    ended.says("model.name: its weights cannot be read", "copy or download")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(engine: Docker, tmp_path: Path) -> None:
@@ -174,7 +175,23 @@ def test_a_limit_of_memory_that_is_too_low_is_a_hardware_error(engine: Docker, t
 
 
 @as_root
-def test_a_full_disk_leaves_the_previous_checkpoint_and_resume_ends_the_run(
+def test_a_disk_that_others_fill_ends_the_run_with_its_name_and_its_checkpoint(
+    file_system: Callable[[str], Path],
+) -> None:
+    output = file_system("size=4m")
+    command = Command(*training("llm-lora", output), output=output)
+    command.wait_for_step(5)
+    with contextlib.suppress(OSError), (output / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    ended = command.end()
+    assert ended.code == 5, ended.text
+    ended.says(str(output), "the disk is full", "free space, then resume")
+    assert newest_complete(output)[0] is not None
+
+
+@as_root
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_and_resume_ends_the_run(
     straight: Callable[..., Path], file_system: Callable[[str], Path]
 ) -> None:
     size = sum(file.stat().st_size for file in (straight("llm-full") / "checkpoint-20").iterdir())

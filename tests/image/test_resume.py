@@ -207,7 +207,7 @@ def interrupted(
 ) -> Iterator[Interrupted]:
     folder = tmp_path_factory.mktemp("interrupted")
     it = Interrupted(copy_checkout(folder / "checkout"), folder / "out", folder / "data.jsonl", folder / "model")
-    change_source(it.root, "an image of its own, that may be removed")
+    change_source(it.root, f"an image of its own, that may be removed: {os.getpid()}")
     shutil.copy(ROOT / "recipes/llm-lora/sample/train.jsonl", it.data)
     shutil.copytree(RunSpec.read(straight("llm-lora") / "spec.json").model.reference, it.model)
     arguments = training("llm-lora", it.output, PLAIN, f"--data={it.data}", f"--model={it.model}")
@@ -254,7 +254,7 @@ def test_resume_refuses_when_something_has_changed_and_names_it(what: str, inter
 
 def test_resume_refuses_another_image_and_goes_on_by_force(engine: Docker, interrupted: Interrupted) -> None:
     engine.client.images.remove(image_of(interrupted), force=True)
-    change_source(interrupted.root, "another image")
+    change_source(interrupted.root, f"another image: {os.getpid()}")
     ended = interrupted.resume()
     assert ended.code == 2, ended.text
     ended.says("no longer the run that was interrupted", "image was ", "FORCE=1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +90,10 @@ def keep_prepared(output: Path) -> None:
     shared = paths.cache() / "prepared"
     for folder in made.glob("[!.]*") if made.is_dir() else ():
         if (folder / "stats.json").is_file() and not (shared / folder.name).exists():
-            aside = shared / f".{folder.name}.tmp"
+            aside = shared / f".{folder.name}.{os.getpid()}.tmp"
             shutil.move(folder, aside)
-            aside.rename(shared / folder.name)
+            try:
+                aside.rename(shared / folder.name)
+            except OSError:  # another run was first
+                shutil.rmtree(aside)
     shutil.rmtree(made, ignore_errors=True)

@@ -112,7 +112,8 @@ def hash_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON aside, sync and rename: a reader sees the old file or the new one, never half."""
-    aside = path.with_name(f".{path.name}.tmp")
+    # Its own name: another process may write the same file, in the cache that all share.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with aside.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
