@@ -7,6 +7,7 @@ what is mounted at /data and /model, and goes on from the newest complete checkp
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ Task = Callable[[RunSpec, "Interrupt", Path | None], dict[str, Any]]
 def main() -> int:
     """Run one command; tell any error; return its exit code."""
     command = parse(sys.argv[1:])
+    gc.disable()  # until `loaded`: imports make a million objects and no garbage, yet it is looked for all the time
     try:
         COMMANDS[command.command](command)
     except TrainboxError as error:
@@ -78,6 +80,8 @@ def train(command: argparse.Namespace) -> None:
     emit("stage", text="loading the libraries")  # takes seconds: the person sees that the box is up
     # One process uses one GPU; the Trainer would else split each batch over all that it sees.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if "wandb" not in spec.recipe.training.report_to:
+        sys.modules["wandb"] = None  # type: ignore[assignment]  # TRL would import it, half a second, unused
     from trainbox.container.trainer import Interrupt
 
     interrupt = Interrupt()
@@ -114,8 +118,15 @@ def tasks() -> dict[str, Task]:
     """The function of each task; a new method adds its line. Imported late: torch takes seconds."""
     from trainbox.container.sft import train_sft
 
-    hush_libraries()
+    loaded()
     return {"sft": train_sft}
+
+
+def loaded() -> None:
+    """The libraries are imported: quieten them, and spare the garbage collector what they made for good."""
+    hush_libraries()
+    gc.freeze()
+    gc.enable()
 
 
 def find_spec(command: argparse.Namespace) -> RunSpec:
@@ -205,21 +216,21 @@ def _keep_traceback(error: Exception) -> None:
 def _infer(command: argparse.Namespace) -> None:
     from trainbox.container.generate import infer
 
-    hush_libraries()
+    loaded()
     infer(box(command.checkpoint), command.prompt, command.max_new_tokens)
 
 
 def _merge(command: argparse.Namespace) -> None:
     from trainbox.container.generate import merge
 
-    hush_libraries()
+    loaded()
     merge(box(command.checkpoint), box(BOX_OUTPUT))
 
 
 def _make_model(command: argparse.Namespace) -> None:
     from trainbox.container.models import make
 
-    hush_libraries()
+    loaded()
     make(command.name, box(command.source) if command.source else None, box(BOX_OUTPUT))
 
 
