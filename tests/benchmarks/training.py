@@ -70,7 +70,8 @@ def packing(folder: Path, repeats: int) -> list[Figure]:
 def skewed() -> Iterator[list[dict[str, str]]]:
     """One chat in eight has twelve turns, the others one."""
     turns = sample_turns()
-    chats = [sum(itertools.islice(turns, 12 if index % 8 == 0 else 1), []) for index in range(512)]
+    lengths = [12 if index % 8 == 0 else 1 for index in range(512)]
+    chats = [list(itertools.chain(*itertools.islice(turns, length))) for length in lengths]
     random.Random(0).shuffle(chats)
     return iter(chats)
 
@@ -82,6 +83,7 @@ def logged(run: Measured) -> list[tuple[int, float, float, float]]:
     """(step, seconds, CPU seconds, non-padding tokens since step 1) of every logged loss."""
     found: list[tuple[int, float, float, float]] = []
     tokens = 0.0
+    first = -1
     for line in run.lines:
         if line.event.get("event") == "metrics" and "loss" in line.event["metrics"]:
             rate = line.event["metrics"].get("tokens_per_second", 0)
@@ -89,7 +91,7 @@ def logged(run: Measured) -> list[tuple[int, float, float, float]]:
             found.append((line.event["step"], line.seconds, line.cpu, tokens))
         elif line.text.startswith('{"step"'):
             plain = json.loads(line.text)
-            first = plain["tokens"] if not found else first
+            first = first if found else plain["tokens"]
             found.append((plain["step"], line.seconds, line.cpu, plain["tokens"] - first))
     return found
 
