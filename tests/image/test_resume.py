@@ -36,6 +36,8 @@ UNEVEN = (
     "training.max_steps=24 training.logging_steps=5 training.eval_steps=3 training.save_steps=4 limits.cpus=1 "
     "training.gradient_accumulation_steps=3 training.gradient_checkpointing=true lora.dropout=0.2"
 )
+# Nothing improves, so that the second evaluation, at step 8, is the last.
+STOPPED_EARLY = f"{PLAIN} training.early_stopping_patience=1 training.learning_rate=1e-12"
 BY_EPOCH = f"{PLAIN} training.save_strategy=epoch training.max_steps=-1 training.num_train_epochs=2"
 
 
@@ -171,6 +173,20 @@ def test_damaged_and_unsealed_checkpoints_are_skipped_by_name(straight: Callable
         "skipped: checkpoint-20 is incomplete: it was never sealed",
         "going on from checkpoint-16",
     )
+    assert_same_run(output, reference)
+
+
+@pytest.mark.parametrize("settings", [PLAIN, STOPPED_EARLY], ids=["max_steps", "stopped early"])
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_no_step_more(
+    settings: str, straight: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference, output = straight("llm-lora", settings), tmp_path / "out"
+    assert last_step(reference) == (8 if settings == STOPPED_EARLY else 24)
+    shutil.copytree(reference, output)
+    for name in ("run.json", "result.json"):
+        (output / name).unlink()
+    shutil.rmtree(output / "final")
+    resume(output)
     assert_same_run(output, reference)
 
 

@@ -103,9 +103,11 @@ print(json.dumps({
 """
 
 
-def inside(engine: Docker, output: Path, script: str) -> str:
-    """What a Python script says in the very container of a run: its flags, its image, another command."""
-    spec = RunSpec.read(output / "spec.json")
+def inside(engine: Docker, reference: Path, output: Path, script: str) -> str:
+    """What a Python script says in the very container of a run: its flags, its image; another command and output."""
+    spec = RunSpec.read(reference / "spec.json")
+    output.mkdir()
+    spec.write(output / "spec.json")
     _, mounts = data.check(spec.recipe, pipeline.recipe_folder(spec.choices["recipe"]))
     image, model = spec.origin["image"]["tag"], Path(spec.model.reference)
     box = pipeline.train_box(spec, image, model, mounts, output, use_gpus=False)
@@ -119,11 +121,8 @@ def inside(engine: Docker, output: Path, script: str) -> str:
 def test_the_sandbox_of_a_training_holds_from_inside(
     engine: Docker, straight: Callable[..., Path], tmp_path: Path
 ) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    shutil.copy(straight("llm-lora") / "spec.json", output)
     targets = ["/", "/opt/trainbox", "/opt/venv", "/etc", "/data/files", "/model", "/cache", "/output", "/tmp"]
-    found = json.loads(inside(engine, output, INSIDE.replace("PATHS", repr(targets))))
+    found = json.loads(inside(engine, straight("llm-lora"), tmp_path / "out", INSIDE.replace("PATHS", repr(targets))))
     environment = set(found.pop("environment"))
     assert found == {
         "interfaces": ["lo"],
@@ -345,6 +344,8 @@ def test_the_image_alone_trains_and_goes_on_after_a_kill_to_the_same_weights(
     assert_same_run(tmp_path / "output", reference)
     third = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (third.returncode, "nothing to do" in third.stdout) == (0, True), third.stdout
+    other = subprocess.run([*argv, "--set", "lora.r=8"], capture_output=True, text=True, check=False)
+    assert (other.returncode, "holds a run with another recipe" in other.stdout) == (2, True), other.stdout
 
 
 # What only a look inside shows
@@ -400,10 +401,10 @@ assert torch.equal(changed[starts[1] :], packed[starts[1] :])
 
 
 def test_an_evaluation_leaves_the_gradients_of_a_4_bit_model_as_they_were(
-    engine: Docker, straight: Callable[..., Path]
+    engine: Docker, straight: Callable[..., Path], tmp_path: Path
 ) -> None:
-    inside(engine, straight("llm-qlora"), LOADED + GRADIENTS)
+    inside(engine, straight("llm-qlora"), tmp_path / "out", LOADED + GRADIENTS)
 
 
-def test_packed_rows_do_not_attend_to_each_other(engine: Docker, straight: Callable[..., Path]) -> None:
-    inside(engine, straight("llm-lora", PACKED), LOADED + ATTENTION)
+def test_packed_rows_do_not_attend_to_each_other(engine: Docker, straight: Callable[..., Path], tmp_path: Path) -> None:
+    inside(engine, straight("llm-lora", PACKED), tmp_path / "out", LOADED + ATTENTION)

@@ -136,6 +136,7 @@ def find_spec(command: argparse.Namespace) -> RunSpec:
     path = box(BOX_OUTPUT) / "spec.json"
     if path.exists():
         spec = RunSpec.read(path)
+        standalone.check_same(spec, command.profile, command.model, command.set)
         standalone.fill_model(spec.recipe)
         return spec
     spec = standalone.make_spec(command.profile, command.model, command.set)

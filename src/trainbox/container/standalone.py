@@ -12,28 +12,43 @@ from trainbox.spec.checkpoint import hash_folder
 from trainbox.spec.dataset import check, find_splits
 from trainbox.spec.load import Choices, load_recipe
 from trainbox.spec.recipe import Recipe
-from trainbox.spec.run import BOX_DATA, BOX_MODEL, DataSource, ModelSource, RunSpec, box
+from trainbox.spec.run import BOX_DATA, BOX_MODEL, BOX_OUTPUT, DataSource, ModelSource, RunSpec, box
 
 RECIPE = Path("/opt/trainbox/recipe")
 
 
+BY_HAND = {"name": "none: the image was run by hand"}
+
+
 def make_spec(profile: str, model: str, settings: list[str]) -> RunSpec:
     """The image's recipe over what is mounted; data defaults to the recipe's sample."""
-    data = str(box(BOX_DATA)) if _filled(box(BOX_DATA)) else ""
-    name = os.environ.get("TRAINBOX_RECIPE", RECIPE.name)
-    choices = Choices(recipe=name, profile=profile, model=model, data=data, set=tuple(settings))
-    recipe = load_recipe(RECIPE, choices)
-    emit("note", text=f"recipe {name}, data {data or 'sample'}")
+    choices, recipe = _choose(profile, model, settings)
+    emit("note", text=f"recipe {choices.recipe}, data {choices.data or 'sample'}")
     return RunSpec(
         choices=asdict(choices),
         recipe=recipe,
         model=_model(recipe),
         data=_data(recipe),
-        origin={
-            "image": {"revision": os.environ.get("TRAINBOX_REVISION", "")},
-            "engine": {"name": "none: the image was run by hand"},
-        },
+        origin={"image": {"revision": os.environ.get("TRAINBOX_REVISION", "")}, "engine": BY_HAND},
     )
+
+
+def check_same(spec: RunSpec, profile: str, model: str, settings: list[str]) -> None:
+    """Refuse to go on in an output folder with another recipe or other data than its run began with."""
+    if spec.origin.get("engine") != BY_HAND:
+        return  # the harness has checked
+    _, recipe = _choose(profile, model, settings)
+    same = {"recipe": recipe == spec.recipe, "data": _data(recipe).hash == spec.data.hash}
+    if changed := " and ".join(name for name in same if not same[name]):
+        remedy = "give it an output folder of its own, or go on with the same command and data"
+        raise ConfigError(f"holds a run with another {changed}", place=str(box(BOX_OUTPUT)), remedy=remedy)
+
+
+def _choose(profile: str, model: str, settings: list[str]) -> tuple[Choices, Recipe]:
+    data = str(box(BOX_DATA)) if _filled(box(BOX_DATA)) else ""
+    name = os.environ.get("TRAINBOX_RECIPE", RECIPE.name)
+    choices = Choices(recipe=name, profile=profile, model=model, data=data, set=tuple(settings))
+    return choices, load_recipe(RECIPE, choices)
 
 
 def _filled(folder: Path) -> bool:

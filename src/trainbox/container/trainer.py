@@ -38,6 +38,8 @@ class BoxTrainer:
 
     args: TrainingArguments
     state: TrainerState
+    control: TrainerControl
+    callback_handler: Any
     model: Any
     _tr_loss: torch.Tensor
     _globalstep_last_logged: int
@@ -85,6 +87,18 @@ class BoxTrainer:
             since_log = json.loads(file.read_text())
             self._tr_loss.fill_(since_log["loss"])
             self._globalstep_last_logged = since_log["logged_at"]
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """Nothing where the run was over when its last checkpoint was saved: the Trainer would do a step too many."""
+        if self._is_over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**arguments)  # type: ignore[misc]
+
+    def _is_over(self) -> bool:
+        patient = (each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback))
+        stopped_early = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in patient)
+        return stopped_early or self.state.global_step >= self.state.max_steps
 
     def _settle_best(self, output: Path) -> None:
         """The state names the best checkpoint by path: give it the path it will have once renamed."""
