@@ -288,6 +288,7 @@ def arguments(training: Training, *, has_validation: bool) -> dict[str, Any]:
         "eval_steps": training.eval_steps or training.save_steps,
         "per_device_eval_batch_size": training.per_device_eval_batch_size or training.per_device_train_batch_size,
         "activation_checkpointing": training.gradient_checkpointing,
+        "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited already
         "report_to": training.report_to or "none",
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
