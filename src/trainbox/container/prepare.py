@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainbox.container.report import Progress, emit
-from trainbox.container.text import IGNORED, Encoder
+from trainbox.container.text import IGNORED, Encoded, Encoder
 from trainbox.errors import DataError
 from trainbox.spec.dataset import hash_file, read_examples
 from trainbox.spec.formats import Example
@@ -24,8 +24,6 @@ CHUNK = 500
 """Rows encoded at a time."""
 PARALLEL_FROM = 20_000
 """Rows from which a process for each core pays for its start."""
-
-Encoded = tuple[list[int], list[int]]
 
 
 @dataclass
@@ -155,8 +153,8 @@ def _fit(row: Encoded, max_length: int, stats: Stats) -> Encoded | None:
     cut = len(ids) > max_length
     ids, labels = ids[:max_length], labels[:max_length]
     # The first token is never predicted, so its label does not count.
-    learned = len(labels) - labels.count(IGNORED) - (bool(labels) and labels[0] != IGNORED)
-    if learned <= 0:
+    learned = int((labels[1:] != IGNORED).sum())
+    if not learned:
         stats.dropped += 1
         return None
     stats.truncated += cut
