@@ -40,13 +40,20 @@ def cold_build(folder: Path, repeats: int) -> list[Figure]:
     cache = f"trainbox-bench-{os.getpid()}"
     dockerfile.write_text(base.files["Dockerfile"].read_text().replace("id=trainbox,", f"id={cache},"))
     cold = image.Build("bench-base", {**base.files, "Dockerfile": dockerfile}, base.args)
+    before = _cached_steps()
     root = _seconds(lambda: _call([str(paths.REPO / "docker/rootfs/build"), str(folder / "root.tar")], paths.REPO))
     built = _seconds(lambda: image._build(cold, docker(), {}))
     docker().client.api.remove_image(cold.tag, force=True)
+    for step in _cached_steps() - before:
+        docker().client.api.prune_builds(filters={"id": step}, all=True)
     return [
         Figure("cold: root file system", "s", [root], ""),
         Figure("cold: base image", "s", [root + built], "<= 300"),
     ]
+
+
+def _cached_steps() -> set[str]:
+    return {record["ID"] for record in docker().client.df()["BuildCache"]}
 
 
 def copy_of_checkout(folder: Path) -> Path:
