@@ -15,9 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import docker
-
-from trainbox.host import paths, pipeline
+from trainbox.host import engine, paths, pipeline
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
@@ -103,7 +101,8 @@ def training(recipe: str, output: Path, settings: str = PLAIN, *more: str) -> tu
 def containers(output: Path) -> list[Container]:
     """The containers that have this folder mounted."""
     filters = {"label": "org.trainbox=run", "volume": str(output)}
-    found: list[Container] = docker.from_env().containers.list(all=True, sparse=True, filters=filters)
+    client, _ = engine.connect()
+    found: list[Container] = client.containers.list(all=True, sparse=True, filters=filters)
     return found
 
 
