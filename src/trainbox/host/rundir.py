@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,22 +13,26 @@ from pathlib import Path
 from trainbox.errors import ConfigError
 from trainbox.host import paths
 from trainbox.spec import record
-from trainbox.spec.checkpoint import all_checkpoints
+from trainbox.spec.checkpoint import all_checkpoints, step_of
 
 OURS = ("final", "merged", "cache", "logs", "spec.json", "result.json", "run.json", "metrics.jsonl", "samples.jsonl")
-"""What a run leaves besides its checkpoints; overwriting takes these away and nothing else."""
+"""What a run leaves besides its checkpoints; a new run takes these away and nothing else."""
+
+MARKS = ("spec.json", "run.json")
+"""Either of them tells that a folder is a run's; they go last, so that a clearing cut short can be done again."""
 
 
 @contextlib.contextmanager
 def claim(output: Path, *, overwrite: bool) -> Iterator[None]:
-    """Take an output folder for a new run. Raises ConfigError where it holds one, or cannot be written."""
+    """Take an output folder for a new run, which calls `clear` once nothing can keep it from starting.
+
+    Raises ConfigError where it holds a run, somebody's own files by a run's names, or cannot be written.
+    """
     created = not output.exists()
     _make_writable(output)
     try:
         with lock(output):
-            if overwrite or not _worth_keeping(output):
-                _clear(output)
-            else:
+            if not overwrite and _worth_keeping(output):
                 raise _occupied(output)
             yield
     finally:
@@ -39,6 +44,7 @@ def claim(output: Path, *, overwrite: bool) -> Iterator[None]:
 def _make_writable(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
+        _refuse_strangers(output)
         (output / LOCK).touch()
     except OSError as error:
         remedy = "make it yours, or name another: OUTPUT=..."
@@ -76,12 +82,39 @@ def _occupied(output: Path) -> ConfigError:
     )
 
 
-def _clear(output: Path) -> None:
-    for path in (*all_checkpoints(output), *(output / name for name in OURS)):
-        if path.is_dir():
+def clear(output: Path) -> None:
+    """Take away what an earlier run left; a folder that is no run's is left as it is."""
+    if not _is_run(output):
+        return
+    for path in sorted(_taken(output), key=lambda path: path.name in MARKS):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _refuse_strangers(output: Path) -> None:
+    """A run would mix with, and the next one take away, what is not ours."""
+    if not _is_run(output) and (taken := _taken(output)):
+        names = ", ".join(path.name for path in taken)
+        remedy = "name another folder: OUTPUT=..., or move these away"
+        raise ConfigError(f"is no run's folder, but holds {names}", place=str(output), remedy=remedy)
+
+
+def _is_run(output: Path) -> bool:
+    return any(_has_recipe(output / name) for name in MARKS)
+
+
+def _has_recipe(file: Path) -> bool:
+    try:
+        return "recipe" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _taken(output: Path) -> list[Path]:
+    """What a folder holds by the names that a run gives."""
+    return [path for path in sorted(output.iterdir()) if path.name in OURS or step_of(path) >= 0]
 
 
 def keep_prepared(output: Path) -> None:

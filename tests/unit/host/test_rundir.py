@@ -13,8 +13,8 @@ def own_cache(tmp_path, monkeypatch):
 
 def leave_run(output, status="interrupted"):
     (output / "checkpoint-4").mkdir(parents=True)
-    (output / "run.json").write_text(json.dumps({"status": status}))
-    (output / "spec.json").write_text("{}")
+    (output / "run.json").write_text(json.dumps({"status": status, "recipe": {}}))
+    (output / "spec.json").write_text('{"recipe": {}}')
     (output / "notes.txt").write_text("mine")
 
 
@@ -26,17 +26,48 @@ def test_a_folder_that_holds_a_run_is_refused_with_the_three_ways_out(tmp_path):
         assert way in caught.value.remedy
 
 
-def test_overwriting_takes_away_the_run_and_nothing_else(tmp_path):
+def names_in(output):
+    return sorted(path.name for path in output.iterdir())
+
+
+def test_overwriting_takes_away_the_run_and_nothing_else_and_only_when_the_new_one_starts(tmp_path):
     leave_run(tmp_path / "o", "finished")
+    before = names_in(tmp_path / "o")
     with rundir.claim(tmp_path / "o", overwrite=True):
-        assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [".lock", "notes.txt"]
+        assert names_in(tmp_path / "o") == [".lock", *before]
+        rundir.clear(tmp_path / "o")
+        assert names_in(tmp_path / "o") == [".lock", "notes.txt"]
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_is_in_nobodys_way(tmp_path):
     leave_run(tmp_path / "o", "failed")
     (tmp_path / "o" / "checkpoint-4").rmdir()
     with rundir.claim(tmp_path / "o", overwrite=False):
+        rundir.clear(tmp_path / "o")
         assert not (tmp_path / "o" / "spec.json").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_somebodys_own_files_by_our_names_are_refused_and_left(tmp_path, overwrite):
+    for name in ("logs/a.txt", "cache/b", "checkpoint-3/c", "spec.json", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    before = names_in(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=r"holds cache, checkpoint-3, logs, spec\.json") as caught,
+        rundir.claim(tmp_path, overwrite=overwrite),
+    ):
+        pass
+    assert "OUTPUT=" in caught.value.remedy
+    rundir.clear(tmp_path)
+    assert names_in(tmp_path) == before
+
+
+def test_a_folder_with_other_files_is_taken_and_they_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with rundir.claim(tmp_path, overwrite=False):
+        rundir.clear(tmp_path)
+    assert names_in(tmp_path) == [".lock", "notes.txt"]
 
 
 def test_a_run_that_never_began_leaves_no_folder(tmp_path):
