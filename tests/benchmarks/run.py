@@ -36,13 +36,15 @@ def main() -> None:
     asked = parser.parse_args()
     if unknown := set(asked.names) - set(BENCHMARKS):
         parser.error(f"{', '.join(unknown)}: none of {', '.join(BENCHMARKS)}")
-    figures = []
-    for name in asked.names or [name for name in BENCHMARKS if name != "cold-build"]:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="trainbox-bench-") as folder:
-            figures += BENCHMARKS[name](Path(folder), asked.repeats)
-        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    show(figures)
+    figures: list[Figure] = []
+    try:
+        for name in asked.names or [name for name in BENCHMARKS if name != "cold-build"]:
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory(prefix="trainbox-bench-") as folder:
+                figures += BENCHMARKS[name](Path(folder), asked.repeats)
+            print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    finally:  # what was measured before a failure is worth its minutes
+        show(figures)
 
 
 def show(figures: list[Figure]) -> None:
