@@ -15,10 +15,10 @@ train: setup ## train a recipe: make train [RECIPE=llm-qlora PROFILE=tiny MODEL=
 	@$(INVOKE) train --recipe "$$RECIPE" --profile "$$PROFILE" --model "$$MODEL" --data "$$DATA" --output "$$OUTPUT" --set "$$SET" --engine "$$ENGINE" --gpus "$$GPUS" --dry "$$DRY" --overwrite "$$OVERWRITE"
 
 resume: setup ## go on from the newest checkpoint: make resume [OUTPUT=output] [CHECKPOINT=output/checkpoint-500] [FORCE=1]
-	@$(INVOKE) resume --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --force "$$FORCE" --engine "$$ENGINE" --gpus "$$GPUS"
+	@$(INVOKE) resume --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --set "$$SET" --force "$$FORCE" --engine "$$ENGINE" --gpus "$$GPUS"
 
 infer: setup ## ask a trained model: make infer CHECKPOINT=output/final [PROMPT="..."]
-	@$(INVOKE) infer --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --engine "$$ENGINE"
+	@$(INVOKE) infer --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --engine "$$ENGINE" --gpus "$$GPUS"
 
 merge: setup ## write adapter + base as one model: make merge CHECKPOINT=output/final [OUTPUT=merged]
 	@$(INVOKE) merge --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --engine "$$ENGINE"

@@ -63,23 +63,25 @@ def train(
 
 
 @verb(help={"checkpoint": "e.g. output/checkpoint-500; default: the newest complete one"})
-def resume(c, checkpoint="", output="", engine="", gpus="", force=""):
+def resume(c, checkpoint="", output="", set="", engine="", gpus="", force=""):
     """Go on with an interrupted run as if nothing had happened."""
     from trainbox.host import pipeline
+    from trainbox.spec.load import split_settings
 
     point = Path(checkpoint) if checkpoint else None
     folder = Path(output) if output else point.parent if point else Path("output")
     if point and folder.resolve() != point.parent.resolve():
         raise ConfigError("is not in OUTPUT", place=str(point), remedy="name one of the two")
-    pipeline.resume(folder, point.name if point else "", engine, gpus or "auto", force=yes(force))
+    name, settings = point.name if point else "", split_settings(set)
+    pipeline.resume(folder, name, engine, gpus or "auto", settings, force=yes(force))
 
 
 @verb(help={"prompt": "the question; without it, a chat"})
-def infer(c, checkpoint="output/final", prompt="", engine="", max_new_tokens=256):
+def infer(c, checkpoint="output/final", prompt="", engine="", gpus="", max_new_tokens=256):
     """Ask a trained model."""
     from trainbox.host import pipeline
 
-    pipeline.infer(Path(checkpoint or "output/final"), prompt, engine or "auto", max_new_tokens)
+    pipeline.infer(Path(checkpoint or "output/final"), prompt, engine or "auto", gpus or "auto", max_new_tokens)
 
 
 @verb()

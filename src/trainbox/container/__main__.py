@@ -79,7 +79,7 @@ def train(command: argparse.Namespace) -> None:
         return
     emit("stage", text="loading the libraries")  # takes seconds: the person sees that the box is up
     # One process uses one GPU; the Trainer would else split each batch over all that it sees.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     if "wandb" not in spec.recipe.training.report_to:
         sys.modules["wandb"] = None  # type: ignore[assignment]  # TRL would import it, half a second, unused
     from trainbox.container.trainer import Interrupt
@@ -88,7 +88,7 @@ def train(command: argparse.Namespace) -> None:
     outcome: dict[str, Any] = {"status": "finished", "exit_code": 0}
     try:
         check_gpu()
-        outcome["metrics"] = tasks()[spec.recipe.task](spec, interrupt, resume)
+        outcome |= tasks()[spec.recipe.task](spec, interrupt, resume)
     except Exception as error:
         known = error if isinstance(error, TrainboxError) else recognise(error)
         outcome |= {"status": "interrupted" if known.kind == "interrupted" else "failed", "exit_code": known.exit_code}
@@ -104,7 +104,8 @@ def check_gpu() -> None:
     """Raise HardwareError where a GPU was handed in that CUDA cannot use: torch would silently train on the CPU."""
     import torch
 
-    handed_in = Path("/dev/nvidiactl").exists() and os.environ["CUDA_VISIBLE_DEVICES"] != ""
+    there = os.environ.get("TRAINBOX_GPUS") == "1" or Path("/dev/nvidiactl").exists()
+    handed_in = there and os.environ["CUDA_VISIBLE_DEVICES"] != ""
     if handed_in and not torch.cuda.is_available():
         raise HardwareError(
             f"a GPU is here, but CUDA {torch.version.cuda} cannot use it",
@@ -178,10 +179,14 @@ def environment() -> dict[str, Any]:
     return facts
 
 
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How torch, CUDA and the CPU's allocator say it."""
+
+
 def recognise(error: Exception) -> TrainboxError:
     """The person's error behind a library's."""
     text = f"{type(error).__name__}: {error}"
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
         return HardwareError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}",
             place="training",
@@ -194,6 +199,9 @@ def recognise(error: Exception) -> TrainboxError:
         fault = f"cannot write {error.filename}: {error.strerror}"
         return TrainingError(fault, place=str(box(BOX_OUTPUT)), remedy="make the output folder yours: chown, chmod")
     first = text.splitlines()[0]
+    if "does not have a deterministic implementation" in text:
+        remedy = 'give up exact repetition: SET="training.deterministic=false"'
+        return TrainingError(first, place="training.deterministic", remedy=remedy)
     return TrainingError(first, place="training", remedy="the whole traceback is in logs/traceback.txt of the output")
 
 

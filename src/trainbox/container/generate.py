@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainbox.container.language_model import load_for_answers, load_for_merge, stop_at_end_of_turn
 from trainbox.container.report import emit
 from trainbox.errors import ConfigError
 from trainbox.spec.formats import Message
-from trainbox.spec.run import BOX_MODEL, box
+from trainbox.spec.recipe import Peft, SftRecipe
+from trainbox.spec.run import BOX_MODEL, BOX_SPEC, RunSpec, box
 
 
 def answer(model: Any, tokenizer: Any, prompt: str | list[Message], max_new_tokens: int) -> str:
@@ -32,43 +35,38 @@ def answer(model: Any, tokenizer: Any, prompt: str | list[Message], max_new_toke
             top_k=None,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=_ends(model, tokenizer),
         )
     model.train(was_training)
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text.strip()
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*configured, tokenizer.eos_token_id) if token is not None})
+def _recipe(folder: Path) -> SftRecipe:
+    """The recipe of the run that trained a folder, where the harness knows it."""
+    path = box(BOX_SPEC)
+    recipe = RunSpec.read(path).recipe if path.exists() else SftRecipe(peft=Peft(method="full"))
+    assert isinstance(recipe, SftRecipe)  # noqa: S101
+    return recipe
 
 
-def load_trained(folder: Path) -> tuple[Any, Any]:
+def _adapted(load: Callable[[SftRecipe, Path], Any], folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a trained folder: a whole model, or an adapter over the base at /model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    adapter = folder / "adapter_config.json"
-    if not adapter.exists() and not (folder / "config.json").exists():
-        raise ConfigError(
-            "holds neither a model nor an adapter", place=folder.name, remedy="try CHECKPOINT=output/final"
-        )
-    dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    base = box(BOX_MODEL) if adapter.exists() else folder
-    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
-    if adapter.exists():
+    adapter = (folder / "adapter_config.json").exists()
+    model = load(_recipe(folder), box(BOX_MODEL) if adapter else folder)
+    if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    stop_at_end_of_turn(model, tokenizer)
+    return model, tokenizer
 
 
 def infer(folder: Path, prompt: str | None, max_new_tokens: int) -> None:
     """Answer one prompt, or chat until the end of the input."""
-    model, tokenizer = load_trained(folder)
+    model, tokenizer = _adapted(load_for_answers, folder)
     if prompt:
         emit("answer", text=answer(model, tokenizer, prompt, max_new_tokens))
         return
@@ -94,9 +92,10 @@ def merge(folder: Path, target: Path) -> None:
         fault = "is no adapter: there is nothing to merge"
         raise ConfigError(fault, place=folder.name, remedy="a fully fine-tuned model is whole as it is")
     emit("stage", text="loading base and adapter")
-    model, tokenizer = load_trained(folder)
+    model, tokenizer = _adapted(load_for_merge, folder)
     model = model.merge_and_unload(progressbar=False, safe_merge=True)
     emit("stage", text="writing the merged model")
     model.save_pretrained(str(target))
+    model.generation_config.save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
     emit("result", text=f"merged {json.dumps(sorted(path.name for path in target.iterdir()))}")

@@ -54,7 +54,7 @@ def _make_random(model_type: str, folder: Path) -> None:
     if model_type not in CONFIG_MAPPING_NAMES:
         hint = nearest(model_type, CONFIG_MAPPING_NAMES)
         raise ConfigError(f"transformers knows no model type {model_type!r}", place="model.name", remedy=hint)
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     known = vars(AutoConfig.for_model(model_type))
     sizes = {key: value for key, value in TINY.items() if key in known or key in _aliases(model_type)}
@@ -78,7 +78,7 @@ def _aliases(model_type: str) -> set[str]:
     return set(getattr(type(AutoConfig.for_model(model_type)), "attribute_map", {}))
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """One token a byte: no training, every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

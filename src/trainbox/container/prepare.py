@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainbox.container.report import Progress, emit
-from trainbox.container.text import IGNORED, Encoded, Encoder
+from trainbox.container.text import IGNORED, Encoded, Encoder, end_of_turn
 from trainbox.errors import DataError
 from trainbox.spec.dataset import hash_file, read_examples
 from trainbox.spec.formats import Example
@@ -37,6 +39,8 @@ class Stats:
     learned: int = 0
     longest: int = 0
     sequences: int = 0
+    unlearned: int = 0
+    lost: int = 0
 
     def text(self, split: str, max_length: int) -> str:
         """One line for the log."""
@@ -47,14 +51,25 @@ class Stats:
         parts.append(f"{self.truncated:,} cut to {max_length:,} tokens, {self.dropped:,} dropped (no answer left)")
         return "; ".join(parts)
 
+    def warnings(self, split: str) -> list[str]:
+        """What the chat template did to the rows that the person would not expect."""
+        lines = []
+        if self.unlearned:
+            lines.append(f"{split}: {self.unlearned:,} answers are not learned: the chat template hides them")
+        if self.lost:
+            lines.append(f"{split}: the chat template leaves out {self.lost:,} system or user messages")
+        return lines
 
-def prepared(spec: RunSpec, tokenizer: Any) -> dict[str, Any]:
-    """The tokenised splits as memory-mapped `datasets.Dataset`s: input_ids, labels and, packed, seq_lengths.
+
+def prepared(spec: RunSpec, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tokenised splits and what became of their rows.
+
+    A split is a memory-mapped `datasets.Dataset`: input_ids, labels and, packed, seq_lengths.
 
     Taken from the cache where an earlier run left them, else made in `/output/cache`, from where the harness
     moves them to the cache that runs share.
     """
-    key = _key(spec)
+    key = _key(spec, tokenizer)
     folder = next((path for path in _places(key) if (path / "stats.json").is_file()), None)
     if folder is None:
         folder = _make(spec, tokenizer, box(BOX_OUTPUT) / "cache" / key)
@@ -62,11 +77,16 @@ def prepared(spec: RunSpec, tokenizer: Any) -> dict[str, Any]:
         emit("note", text=f"tokenised data found in the cache ({key})")
     stats = json.loads((folder / "stats.json").read_text())
     for split, numbers in stats.items():
-        emit("data", text=Stats(**numbers).text(split, spec.recipe.data.max_length), split=split, **numbers)
-    return {split: _open(folder / f"{split}.arrow") for split in stats}
+        known = Stats(**numbers)
+        emit("data", text=known.text(split, spec.recipe.data.max_length), split=split, **numbers)
+        for line in known.warnings(split):
+            emit("warn", text=line)
+    if end_of_turn(tokenizer) is None:
+        emit("warn", text="the chat template ends an answer with no token of its own: answers will not know their end")
+    return {split: _open(folder / f"{split}.arrow") for split in stats}, stats
 
 
-def _key(spec: RunSpec) -> str:
+def _key(spec: RunSpec, tokenizer: Any) -> str:
     """The same key, the same tokens: data, tokenizer, settings, libraries and the code of this step."""
     import tokenizers
     import transformers
@@ -75,7 +95,8 @@ def _key(spec: RunSpec) -> str:
 
     root = Path(trainbox.__file__).parent
     code = [hash_file(root / name) for name in ("container/prepare.py", "container/text.py", "spec/formats.py")]
-    return hash_json([spec.prepared_key, transformers.__version__, tokenizers.__version__, code])[:24]
+    date = spec.date if "strftime_now" in str(tokenizer.chat_template) else ""
+    return hash_json([spec.prepared_key, date, transformers.__version__, tokenizers.__version__, code])[:24]
 
 
 def _places(key: str) -> list[Path]:
@@ -130,7 +151,7 @@ def _write_split(spec: RunSpec, tokenizer: Any, examples: Any, total: int, path:
     schema = pa.schema({"input_ids": tokens, "labels": tokens})
     progress = Progress(f"tokenising {path.stem}", total)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for chunk in _encode_all(Encoder(tokenizer, data), examples, total):
+        for chunk in _encode_all(Encoder(tokenizer, data, spec.date), examples, total):
             kept = [row for row in (_fit(row, data.max_length, stats) for row in chunk) if row]
             ids, labels = zip(*kept, strict=True) if kept else ((), ())
             writer.write_batch(pa.record_batch([pa.array(ids, tokens), pa.array(labels, tokens)], schema=schema))
@@ -146,9 +167,11 @@ def _write_split(spec: RunSpec, tokenizer: Any, examples: Any, total: int, path:
     return stats
 
 
-def _fit(row: Encoded, max_length: int, stats: Stats) -> Encoded | None:
-    ids, labels = row
+def _fit(row: Encoded, max_length: int, stats: Stats) -> tuple[np.ndarray, np.ndarray] | None:
+    ids, labels = row.ids, row.labels
     stats.rows += 1
+    stats.unlearned += row.unlearned
+    stats.lost += row.lost
     stats.longest = max(stats.longest, len(ids))
     cut = len(ids) > max_length
     ids, labels = ids[:max_length], labels[:max_length]
@@ -165,7 +188,8 @@ def _fit(row: Encoded, max_length: int, stats: Stats) -> Encoded | None:
 
 def _encode_all(encoder: Encoder, examples: Any, total: int) -> Iterator[list[Encoded]]:
     chunks = iter(lambda: list(itertools.islice(examples, CHUNK)), [])
-    workers = len(os.sched_getaffinity(0))
+    # A container's CPU limit is told by the harness; the machine's cores show in it all the same.
+    workers = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     if total < PARALLEL_FROM or workers < 2:
         yield from map(encoder.encode, chunks)
         return

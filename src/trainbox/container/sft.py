@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from trainbox.container import trainer as shared
 from trainbox.container.generate import answer
+from trainbox.container.language_model import check_packing, load_for_training
 from trainbox.container.prepare import prepared
 from trainbox.container.report import emit
 from trainbox.container.text import IGNORED, load_tokenizer
@@ -23,18 +22,17 @@ from trainbox.errors import ConfigError
 from trainbox.spec.recipe import SftRecipe
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, RunSpec, box
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def train_sft(spec: RunSpec, interrupt: shared.Interrupt, resume: Path | None) -> dict[str, Any]:
-    """Load, train, save `output/final`; returns the metrics for result.json."""
+    """Load, train, save `output/final`; returns what result.json keeps: metrics, what became of the rows."""
     recipe = spec.recipe
     assert isinstance(recipe, SftRecipe)  # noqa: S101
     shared.seed_everything(recipe.training)
     tokenizer = load_tokenizer(str(box(BOX_MODEL)), recipe.data, trust_remote_code=recipe.model.trust_remote_code)
-    data = prepared(spec, tokenizer)
-    model = load_model(recipe)
+    data, stats = prepared(spec, tokenizer)
+    model = load_for_training(recipe, box(BOX_MODEL), tokenizer)
+    if recipe.data.packing:
+        check_packing(model)
     before = None if resume else answer_samples(model, tokenizer, recipe)
     shared.seed_everything(recipe.training)
     trainer = build_trainer(recipe, model, tokenizer, data, interrupt)
@@ -42,55 +40,11 @@ def train_sft(spec: RunSpec, interrupt: shared.Interrupt, resume: Path | None) -
     samples = Samples(recipe.sample.prompts, before)
     metrics = shared.run(trainer, interrupt, resume)
     save_final(trainer.model, tokenizer, spec)
+    if "test" in data:
+        metrics |= trainer.evaluate(data["test"], metric_key_prefix="test")
     samples.finish(answer_samples(trainer.model, tokenizer, recipe))
-    return {**metrics, "steps": trainer.state.global_step, "trainable_parameters": trainable}
-
-
-def load_model(recipe: SftRecipe) -> Any:
-    """The base model, quantised for qlora. Raises ConfigError where the folder is no causal language model."""
-    emit("stage", text=f"loading {recipe.model.name}")
-    compute = PRECISIONS[shared.precision(recipe.training)]
-    # GradScaler cannot unscale float16 gradients, so full fine-tuning in fp16 keeps its weights in float32.
-    weights = torch.float32 if recipe.peft.method == "full" and compute == torch.float16 else compute
-    arguments: dict[str, Any] = {
-        "dtype": DTYPES.get(recipe.model.dtype, weights),
-        "attn_implementation": recipe.model.attn_implementation,
-        "trust_remote_code": recipe.model.trust_remote_code,
-    }
-    if recipe.peft.method == "qlora":
-        arguments["quantization_config"] = _quantization(recipe, compute)
-        arguments["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(box(BOX_MODEL)), **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"is no causal language model: {first}", place="model.name") from error
-    except SafetensorError as error:
-        remedy = "copy or download the model again"
-        raise ConfigError(f"its weights cannot be read: {error}", place="model.name", remedy=remedy) from error
-    model.config.use_cache = False
-    _keep_trainable(model)
-    return model
-
-
-def _keep_trainable(model: Any) -> None:
-    """Stop bitsandbytes from repacking a layer on the CPU at its first evaluation.
-
-    The packed layer has a coarser scale and no gradient, so that training after a sample or an evaluation would
-    silently leave out every layer below it.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _quantization(recipe: SftRecipe, compute: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=recipe.quantization.quant_type,
-        bnb_4bit_use_double_quant=recipe.quantization.double_quant,
-        bnb_4bit_compute_dtype=DTYPES.get(recipe.quantization.compute_dtype, compute),
-    )
+    metrics |= {"steps": trainer.state.global_step, "trainable_parameters": trainable}
+    return {"metrics": metrics, "prepared": stats}
 
 
 class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]
@@ -119,10 +73,20 @@ class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]
         finally:
             hook.remove()
         loss = torch.nn.functional.cross_entropy(outputs.logits.float(), following[learned], reduction="sum")
+        if not self.model.training:
+            self._evaluated += torch.stack([loss.detach().double(), learned.sum().double()]).cpu()
         loss = loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
+        """Evaluate as the Trainer does, but each learned token counts the same, whatever batch it is in."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **named)
+        total, count = self._evaluated.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
+        return output
 
 
 def build_trainer(
@@ -191,6 +155,7 @@ def save_final(model: Any, tokenizer: Any, spec: RunSpec) -> None:
     staged = final.with_name(".final.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     model.save_pretrained(str(staged))
+    model.generation_config.save_pretrained(str(staged))
     tokenizer.save_pretrained(str(staged))
     adapter = staged / "adapter_config.json"
     if adapter.exists():

@@ -12,7 +12,7 @@ from trainbox.spec.checkpoint import hash_folder
 from trainbox.spec.dataset import check, find_splits
 from trainbox.spec.load import Choices, load_recipe
 from trainbox.spec.recipe import Recipe
-from trainbox.spec.run import BOX_DATA, BOX_MODEL, BOX_OUTPUT, DataSource, ModelSource, RunSpec, box
+from trainbox.spec.run import BOX_DATA, BOX_MODEL, BOX_OUTPUT, UNWANTED, DataSource, ModelSource, RunSpec, box
 
 RECIPE = Path("/opt/trainbox/recipe")
 
@@ -72,20 +72,21 @@ def _model(recipe: Recipe) -> ModelSource:
 def fill_model(recipe: Recipe) -> None:
     """Put the recipe's model where the box looks for it, unless it is mounted: made, or downloaded."""
     folder, name = box(BOX_MODEL), recipe.model.name
-    if _filled(folder):
+    unfinished = folder / ".unfinished"
+    if _filled(folder) and not unfinished.exists():
         return
     try:
+        unfinished.touch()
         if name.startswith("random:"):
             from trainbox.container.models import make
 
             make(name, None, folder)
-            return
-        from huggingface_hub import snapshot_download
+        else:
+            from huggingface_hub import snapshot_download
 
-        emit("stage", text=f"downloading {name}")
-        snapshot_download(
-            name, revision=recipe.model.revision, local_dir=folder, ignore_patterns=["*.bin", "*.gguf", "original/*"]
-        )
+            emit("stage", text=f"downloading {name}")
+            snapshot_download(name, revision=recipe.model.revision, local_dir=folder, ignore_patterns=UNWANTED)
+        unfinished.unlink()
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "mount the model: -v FOLDER:/model:ro"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from trainbox.host import hashes, paths, shell, ui
 from trainbox.host.box import Box, Mount
 from trainbox.host.secrets import secret
 from trainbox.spec import rows
+from trainbox.spec.dataset import SPLIT_NAMES
 from trainbox.spec.recipe import Model
 from trainbox.spec.run import ModelSource, hash_json, write_json
 
@@ -37,16 +39,21 @@ UNWANTED = [
     "*.gguf",
     "*.tflite",
     "*.mlmodel",
+    "*.ot",
+    "consolidated*.safetensors",
     "original/*",
     "onnx/*",
+    "openvino/*",
+    "coreml/*",
 ]
 """Copies of the weights in other formats; pickled ones are never loaded."""
+PLACES = {"model": "model.name", "dataset": "data.path"}
 FACTS = ".trainbox.json"
 """In a cached folder, written last: which revision it is. A folder without it is not complete."""
 
 
 def check_model(model: Model) -> None:
-    """Find what is wrong with a model's name before anything is built. Raises ConfigError."""
+    """Find what is wrong with a model before anything is built; a hub's is looked up there. Raises ConfigError."""
     name, folder = model.name, Path(model.name).expanduser()
     if name.startswith("random:"):
         return
@@ -59,6 +66,10 @@ def check_model(model: Model) -> None:
         _check_folder(folder)
     elif not HUB_NAME.fullmatch(name) or folder.exists():
         raise ConfigError(f"{name!r} is neither a folder nor a hub name", place="model.name", remedy="check MODEL=")
+    else:
+        _, info = _find(name, model.revision, "model", "")
+        if info:
+            _model_files(name, [file.rfilename for file in info.siblings])
 
 
 def _check_folder(folder: Path) -> None:
@@ -139,23 +150,54 @@ def _from_package(match: re.Match[str], sha256: str, into: Path) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
-    return _snapshot(name, revision, "model", lambda file: not _matches(file, UNWANTED))
+    return _snapshot(name, revision, "model", lambda files: _model_files(name, files))
+
+
+def _model_files(name: str, files: list[str]) -> list[str]:
+    wanted = [file for file in files if not _matches(file, UNWANTED)]
+    if not any(file.endswith(".safetensors") for file in wanted):
+        fault = f"{name} has no weights as .safetensors; pickled ones and other formats are not loaded"
+        raise ConfigError(fault, place=PLACES["model"], remedy="look for a revision or a copy that has them")
+    return wanted
 
 
 def dataset(name: str, revision: str | None) -> tuple[Path, str]:
-    """A hub data set's folder and commit. `glue/sst2` may be a repository, or the part `sst2` of `glue`."""
+    """A hub data set's folder and commit: a repository, or with one name more, its folder of that name."""
+    parts = name.split("/")
+    # `glue/sst2` may be a repository, or the part `sst2` of `glue`.
+    splits = {1: (1,), 2: (2, 1), 3: (2,)}[len(parts)]
+    faults = []
+    for count in splits:
+        try:
+            return _part("/".join(parts[:count]), "/".join(parts[count:]), revision)
+        except (ConfigError, EngineError) as fault:
+            faults.append(fault)
+    raise faults[0]
 
-    def wanted(file: str) -> bool:
-        return Path(file).suffix.lower() in rows.READERS and Path(file).name.lower() != "readme.md"
 
-    try:
-        return _snapshot(name, revision, "dataset", wanted)
-    except ConfigError:
-        repository, _, part = name.partition("/")
-        if not part:
-            raise
-    folder, commit = _snapshot(repository, revision, "dataset", lambda f: wanted(f) and f.startswith(f"{part}/"))
+def _part(repository: str, part: str, revision: str | None) -> tuple[Path, str]:
+    folder, commit = _snapshot(repository, revision, "dataset", lambda files: _rows(repository, part, files), part)
     return folder / part, commit
+
+
+def _rows(repository: str, part: str, files: list[str]) -> list[str]:
+    known = [f for f in files if Path(f).suffix.lower() in rows.READERS and Path(f).name.lower() != "readme.md"]
+    parts = sorted({Path(file).parts[0] for file in known if _has_train(file)})
+    remedy = f"name one: DATA={repository}/{parts[0]}" if parts else ""
+    if part:
+        wanted = [file for file in known if file.startswith(f"{part}/")]
+        fault = f"{repository} has no folder {part!r} with data" + (f", but {', '.join(parts)}" if parts else "")
+    else:
+        wanted = known if len(parts) < 2 else []
+        fault = f"{repository} holds several data sets: {', '.join(parts)}" if parts else ""
+    if not wanted:
+        raise ConfigError(fault or f"{repository} holds no file that Trainbox reads", place="data.path", remedy=remedy)
+    return wanted
+
+
+def _has_train(file: str) -> bool:
+    """Whether a file below a folder says that it is for training: then the folder is a data set of its own."""
+    return any(set(re.split(r"[^a-z]+", part.lower())) & set(SPLIT_NAMES["train"]) for part in Path(file).parts[1:])
 
 
 def _matches(file: str, patterns: list[str]) -> bool:
@@ -164,42 +206,59 @@ def _matches(file: str, patterns: list[str]) -> bool:
     return any(fnmatch(file, pattern) for pattern in patterns)
 
 
-def _snapshot(name: str, revision: str | None, kind: str, wanted: Callable[[str], bool]) -> tuple[Path, str]:
-    parent = paths.cache() / f"{kind}s"
-    slug = name.replace("/", "--")
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (parent / f"{slug}@{revision}" / FACTS).exists():
-        return parent / f"{slug}@{revision}", revision
-    try:
-        info = _hub_info(name, revision, kind)
-    except EngineError:
-        kept = _kept(parent, slug, revision)
-        if kept is None:
-            raise
-        ui.warn(f"the hub cannot be reached: using {name} at the commit downloaded before, {kept[1]}")
-        return kept
-    folder = parent / f"{slug}@{info.sha}"
+Choose = Callable[[list[str]], list[str]]
+"""Of a repository's files those to download; raises ConfigError where they are not what is needed."""
+
+
+def _snapshot(name: str, revision: str | None, kind: str, choose: Choose, part: str = "") -> tuple[Path, str]:
+    commit, info = _find(name, revision, kind, part)
+    folder = _folder(name, commit, kind, part)
     if not (folder / FACTS).exists():
-        _fetch(name, info, kind, wanted, folder, revision)
-    return folder, str(info.sha)
+        _fetch(name, info, kind, choose, folder, revision)
+    return folder, commit
 
 
-def _kept(parent: Path, slug: str, revision: str | None) -> tuple[Path, str] | None:
-    """The newest copy downloaded for the same branch or tag."""
+def _folder(name: str, commit: str, kind: str, part: str) -> Path:
+    slug = name.replace("/", "--") + (f"+{part}" if part else "")
+    return paths.cache() / f"{kind}s" / f"{slug}@{commit}"
+
+
+@functools.cache
+def _find(name: str, revision: str | None, kind: str, part: str) -> tuple[str, Any]:
+    """The commit that a branch or tag stands for, and what the hub says of it: None where the copy here must do."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (_folder(name, revision, kind, part) / FACTS).exists():
+        return revision, None
+    try:
+        info = _hub_info(name, revision, kind, part)
+    except EngineError:
+        commit = _kept(_folder(name, "*", kind, part), revision)
+        if commit is None:
+            raise
+        ui.warn(f"the hub cannot be reached: using {name} at the commit downloaded before, {commit}")
+        return commit, None
+    return str(info.sha), info
+
+
+def _kept(folders: Path, revision: str | None) -> str | None:
+    """The newest commit downloaded for the same branch or tag."""
     found = []
-    for facts in parent.glob(f"{slug}@*/{FACTS}"):
+    for facts in folders.parent.glob(f"{folders.name}/{FACTS}"):
         known = json.loads(facts.read_text())
         if revision in (known.get("revision"), known.get("commit")):
-            found.append((facts.stat().st_mtime, facts.parent, str(known["commit"])))
-    return max(found)[1:] if found else None
+            found.append((facts.stat().st_mtime, str(known["commit"])))
+    return max(found)[1] if found else None
 
 
-def _hub_info(name: str, revision: str | None, kind: str) -> Any:
+def _hub_info(name: str, revision: str | None, kind: str, part: str) -> Any:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    place = "model.name" if kind == "model" else "data.path"
+    place = PLACES[kind]
     api = _api()
     try:
-        return api.repo_info(name, revision=revision, repo_type=kind, files_metadata=True)
+        info = api.repo_info(name, revision=revision, repo_type=kind, files_metadata=True)
+        # Anyone may look at a gated repository, not all may have its files.
+        if info.gated and not (_folder(name, str(info.sha), kind, part) / FACTS).exists():
+            api.auth_check(name, repo_type=kind)
     except GatedRepoError:
         raise _gated(name, place) from None
     except RevisionNotFoundError:
@@ -213,6 +272,7 @@ def _hub_info(name: str, revision: str | None, kind: str) -> Any:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "check the network and https_proxy; or use a local folder: MODEL=... (DATA=...)"
         raise EngineError(f"the hub cannot be reached: {why}", place=name, remedy=remedy) from None
+    return info
 
 
 def _api() -> Any:
@@ -229,30 +289,26 @@ def _gated(name: str, place: str) -> ConfigError:
     )
 
 
-def _fetch(name: str, info: Any, kind: str, wanted: Callable[[str], bool], folder: Path, revision: str | None) -> None:
+def _fetch(name: str, info: Any, kind: str, choose: Choose, folder: Path, revision: str | None) -> None:
     """Download the wanted files; whole or not at all, and resumable: the hub's client goes on in the same folder."""
     from huggingface_hub.errors import GatedRepoError
+    from huggingface_hub.utils import disable_progress_bars
 
-    files = {file.rfilename: file.size or 0 for file in info.siblings if wanted(file.rfilename)}
-    if not files:
-        raise ConfigError(
-            f"{name} holds no file that Trainbox reads", place="model.name" if kind == "model" else "data.path"
-        )
-    total = sum(files.values())
-    free = shutil.disk_usage(paths.cache()).free
-    if total > free:
-        needs = f"{name} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        raise HardwareError(needs, place=str(paths.cache()), remedy="free space, or set TRAINBOX_CACHE=")
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    files = choose(list(sizes))
+    total = sum(sizes[file] for file in files)
     staged = folder.with_name(f".{folder.name}.part")
+    missing, free = total - _held(staged), shutil.disk_usage(paths.cache()).free
+    if missing > free:
+        needs = f"{name} needs {missing / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise HardwareError(needs, place=str(paths.cache()), remedy="free space, or set TRAINBOX_CACHE=")
     staged.mkdir(parents=True, exist_ok=True)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    disable_progress_bars()
     try:
         with ui.Progress(f"downloading {name}", total=total, unit="B") as progress, _Gauge(staged, progress):
-            _api().snapshot_download(
-                name, revision=info.sha, repo_type=kind, local_dir=staged, allow_patterns=list(files)
-            )
+            _api().snapshot_download(name, revision=info.sha, repo_type=kind, local_dir=staged, allow_patterns=files)
     except GatedRepoError:
-        raise _gated(name, "model.name") from None
+        raise _gated(name, PLACES[kind]) from None
     except Exception as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "run the same command again: it goes on where it stopped"
@@ -277,8 +333,12 @@ class _Gauge:
 
     def _watch(self) -> None:
         while not self._over.wait(0.5):
-            sizes = (_size(path) for path in self._folder.rglob("*"))
-            self._progress.update(completed=sum(sizes))
+            self._progress.update(completed=_held(self._folder))
+
+
+def _held(folder: Path) -> int:
+    """Bytes in a folder, the begun files among them."""
+    return sum(_size(path) for path in folder.rglob("*"))
 
 
 def _size(path: Path) -> int:

@@ -23,8 +23,8 @@ from trainbox.host.secrets import secret
 from trainbox.host.watch import Watcher
 from trainbox.spec import checkpoint, record
 from trainbox.spec.load import Choices, load_recipe, nearest
-from trainbox.spec.recipe import Recipe
-from trainbox.spec.run import BOX_CACHE, BOX_MODEL, BOX_OUTPUT, ModelSource, RunSpec
+from trainbox.spec.recipe import Recipe, check_validation
+from trainbox.spec.run import BOX_CACHE, BOX_MODEL, BOX_OUTPUT, BOX_SPEC, ModelSource, RunSpec, freed
 
 DEMO = Choices(recipe="llm-qlora", profile="demo")
 """What `make train` without arguments runs."""
@@ -37,6 +37,7 @@ def train(choices: Choices, output: Path, engine_name: str, gpus: str, *, dry: b
     recipe = load_recipe(recipe_folder(choices.recipe), choices)
     download.check_model(recipe.model)
     source, mounts = data.check(recipe, recipe_folder(choices.recipe))
+    check_validation(recipe, has_validation="validation" in source.rows)
     if dry:
         return _show(choices, recipe, source, mounts, output, engine_name)
     with rundir.claim(output, overwrite=overwrite):
@@ -47,14 +48,20 @@ def train(choices: Choices, output: Path, engine_name: str, gpus: str, *, dry: b
         spec = RunSpec(
             choices=_as_asked(choices), recipe=recipe, model=model, data=source, origin=_origin(chosen, facts, use_gpus)
         )
+        rundir.clear(output)
         spec.write(output / "spec.json")
         box = train_box(spec, facts.tag, folder, mounts, output, use_gpus)
         _run(chosen, box, spec, output)
     return None
 
 
-def resume(output: Path, name: str, engine_name: str, gpus: str, *, force: bool) -> None:
-    """Go on from a checkpoint (the newest complete one without a name) as if nothing had happened."""
+def resume(
+    output: Path, name: str, engine_name: str, gpus: str, settings: tuple[str, ...] = (), *, force: bool = False
+) -> None:
+    """Go on from a checkpoint (the newest complete one without a name) as if nothing had happened.
+
+    `settings` may change what the weights do not depend on: limits, trackers, how many checkpoints are kept.
+    """
     spec, found = RunSpec.read(output / "spec.json"), record.read(output, missing_ok=True)
     point = _checkpoint(output, name, found)
     with rundir.lock(output):
@@ -62,20 +69,22 @@ def resume(output: Path, name: str, engine_name: str, gpus: str, *, force: bool)
         facts = _same_image(spec, chosen)
         use_gpus = hardware.check(gpus, facts.labels)
         choices = _choices(spec)
+        current = load_recipe(recipe_folder(choices.recipe), replace(choices, set=(*choices.set, *settings)))
         source, mounts = data.check(spec.recipe, recipe_folder(choices.recipe))
         model, folder = download.model(spec.recipe.model, chosen, facts.tag)
+        origin = {**spec.origin, **_origin(chosen, facts, use_gpus)}
         now = spec.model_copy(
-            update={"data": source, "model": model, "origin": {**spec.origin, **_origin(chosen, facts, use_gpus)}}
+            update={"recipe": freed(spec.recipe, current), "data": source, "model": model, "origin": origin}
         )
-        _refuse_changes(_differences(spec, now, choices, found), force=force)
+        _refuse_changes(_differences(spec, now, current, found), force=force)
         now.write(output / "spec.json")
         box = train_box(now, facts.tag, folder, mounts, output, use_gpus)
         _run(chosen, replace(box, command=("train", "--resume", point.name)), now, output)
 
 
-def infer(folder: Path, prompt: str, engine_name: str, max_new_tokens: int) -> None:
+def infer(folder: Path, prompt: str, engine_name: str, gpus: str, max_new_tokens: int) -> None:
     """Answer a prompt from a trained folder, or chat."""
-    with _opened(folder, engine_name) as (chosen, box):
+    with _opened(folder, engine_name, gpus) as (chosen, box):
         command = ("infer", "--max-new-tokens", str(max_new_tokens), *(("--prompt", prompt) if prompt else ()))
         if not prompt:
             finished = chosen.run(replace(box, command=command, interactive=True))
@@ -93,7 +102,7 @@ def merge(folder: Path, target: Path | None, engine_name: str) -> None:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
-        with _opened(folder, engine_name) as (chosen, box):
+        with _opened(folder, engine_name, "none") as (chosen, box):
             mounts = (*box.mounts, Mount(staged, BOX_OUTPUT, read_only=False))
             _watched(chosen, replace(box, command=("merge",), mounts=mounts, env={**box.env, **Watcher.env}))
         if target.exists():
@@ -145,7 +154,7 @@ def train_box(spec: RunSpec, tag: str, model: Path, mounts: tuple[Mount, ...], o
             Mount(prepared, BOX_CACHE),
             Mount(output.resolve(), BOX_OUTPUT, read_only=False),
         ),
-        env={**Watcher.env, **OFFLINE, **_threads(limits.cpus)},
+        env={**Watcher.env, **OFFLINE, **_threads(limits.cpus), "TRAINBOX_GPUS": str(int(use_gpus))},
         gpus=use_gpus,
         memory=limits.memory,
         cpus=limits.cpus,
@@ -318,7 +327,7 @@ def _same_image(spec: RunSpec, chosen: Engine) -> ImageFacts:
     return chosen.ensure(_choices(spec).recipe)
 
 
-def _differences(spec: RunSpec, now: RunSpec, choices: Choices, found: dict[str, Any]) -> list[str]:
+def _differences(spec: RunSpec, now: RunSpec, current: Recipe, found: dict[str, Any]) -> list[str]:
     then = found.get("identity") or spec.identity
     lines = [
         f"{name} was {then[name][:12]}, is {now.identity[name][:12]}"
@@ -327,16 +336,15 @@ def _differences(spec: RunSpec, now: RunSpec, choices: Choices, found: dict[str,
     ]
     if then.get("recipe") != spec.identity["recipe"]:
         lines.append("recipe: spec.json was edited since the run began")
-    current = load_recipe(recipe_folder(choices.recipe), choices)
-    lines += [f"recipe: {line}" for line in _changed_fields(spec.recipe, current)]
+    lines += [f"recipe: {line}" for line in _changed_fields(now.recipe, current)]
     return lines
 
 
 def _changed_fields(then: Recipe, now: Recipe) -> Iterator[str]:
     before, after = _flat(then.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     for key in sorted({*before, *after}):
-        if before.get(key) != after.get(key) and key not in ("description", "data.path", "model.name"):
-            yield f"{key} was {before.get(key)!r}, is {after.get(key)!r} in recipe.yaml"
+        if before.get(key) != after.get(key) and key not in ("data.path", "model.name"):
+            yield f"{key} was {before.get(key)!r}, is now {after.get(key)!r}"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -363,7 +371,7 @@ def _refuse_changes(lines: list[str], *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, engine_name: str) -> Iterator[tuple[Engine, Box]]:
+def _opened(folder: Path, engine_name: str, gpus: str) -> Iterator[tuple[Engine, Box]]:
     """A box that sees a trained folder and its base model, both read-only."""
     if not folder.is_dir():
         raise ConfigError("there is no such folder", place=str(folder), remedy="try CHECKPOINT=output/final")
@@ -376,11 +384,12 @@ def _opened(folder: Path, engine_name: str) -> Iterator[tuple[Engine, Box]]:
     if spec_path.exists():
         spec = RunSpec.read(spec_path)
         facts = _same_image(spec, chosen)
+        mounts = (*mounts, Mount(spec_path, BOX_SPEC))
     else:
         spec, facts = None, chosen.ensure("llm-lora")
     if (folder / "adapter_config.json").exists():
         mounts = (*mounts, Mount(_base_of(folder, spec, chosen, facts), BOX_MODEL))
-    use_gpus = hardware.check("auto", facts.labels)
+    use_gpus = hardware.check(gpus, facts.labels)
     yield chosen, Box(image=facts.tag, command=(), mounts=mounts, env=OFFLINE, gpus=use_gpus)
 
 

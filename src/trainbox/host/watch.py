@@ -98,7 +98,7 @@ class Watcher:
                 "the kernel killed it: out of memory",
                 place="container",
                 remedy="smaller training.per_device_train_batch_size or data.max_length, recipe llm-qlora,\n"
-                "or a higher limits.memory; then: make resume",
+                "trained anew; or more memory for the same run: make resume SET=limits.memory=...",
             )
         last = "\n".join(self._other)
         if finished.exit_code > 128:

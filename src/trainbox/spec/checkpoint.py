@@ -37,9 +37,10 @@ def _sync(path: Path) -> None:
 
 
 def hash_folder(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by relative path, the seal left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    return {str(path.relative_to(folder)): hash_file(path) for path in files}
+    """sha256 of every file below a folder, by relative path; the seal and hidden files left out."""
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    shown = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.parts)}
+    return {str(name): hash_file(path) for name, path in shown.items() if path.name != SEAL}
 
 
 def step_of(path: Path) -> int:

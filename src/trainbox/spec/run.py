@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,34 @@ class DataSource(Section):
     """Rows by format."""
 
 
+FREE: Any = {
+    "description": True,
+    "limits": True,
+    "training": {"report_to", "save_total_limit", "dataloader_num_workers"},
+}
+"""Fields of a recipe that the weights do not depend on: resume takes them as they are now."""
+
+
+def freed(recorded: Recipe, current: Recipe) -> Recipe:
+    """The recorded recipe with the free fields of the current one."""
+    training = {name: getattr(current.training, name) for name in FREE["training"]}
+    return recorded.model_copy(
+        update={
+            "description": current.description,
+            "limits": current.limits,
+            "training": recorded.training.model_copy(update=training),
+        }
+    )
+
+
 class RunSpec(Section):
     """Everything a run needs to know, and what exactly made it."""
 
     version: int = 1
     choices: dict[str, Any] = Field(default_factory=dict)
     """What was asked for: recipe, profile, model, data, settings; asked again at resume to see what changed."""
+    date: str = Field(default_factory=lambda: datetime.now().astimezone().date().isoformat())
+    """The day the run began, for chat templates that write it into the text."""
     recipe: SerializeAsAny[Recipe]
     model: ModelSource
     data: DataSource
@@ -72,7 +95,7 @@ class RunSpec(Section):
     def identity(self) -> dict[str, str]:
         """What must be the same for a resumed run to be the same run."""
         return {
-            "recipe": hash_json(self.recipe.model_dump(mode="json")),
+            "recipe": hash_json(self.recipe.model_dump(mode="json", exclude=FREE)),
             "data": self.data.hash,
             "base model": self.model.hash,
             "image": image_identity(self.origin.get("image", {})),
@@ -122,7 +145,15 @@ def write_json(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
+UNWANTED = [
+    "*.bin", "*.pt", "*.pth", "*.ot", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.tflite", "*.mlmodel",
+    "consolidated*.safetensors", "original/*", "onnx/*", "openvino/*", "coreml/*",
+]  # fmt: skip
+"""Files of a hub model that hold its weights once more, or pickled: never downloaded, never loaded."""
+
 BOX_MODEL = "/model"
+BOX_SPEC = "/spec.json"
+"""Where infer and merge find the spec of the run that trained."""
 BOX_DATA = "/data"
 BOX_OUTPUT = "/output"
 BOX_CACHE = "/cache"
