@@ -22,7 +22,7 @@ def invoke(*arguments, cwd=paths.REPO, **env):
         (["--recipe", "llm-qlora", "--profile", "tny"], 2, "did you mean tiny?"),
         (["--recipe", "llm-qlora", "--set", "lora.rank=8"], 2, "did you mean lora.r?"),
         (["--recipe", "llm-qlora", "--set", "training.max_steps=many"], 2, "training.max_steps"),
-        (["--recipe", "llm-qlora", "--data", "nowhere.jsonl"], 3, "no such file"),
+        (["--recipe", "llm-qlora", "--profile", "tiny", "--data", "nowhere.jsonl"], 3, "no such file"),
         (["--recipe", "llm-qlora", "--profile", "tiny", "--model", "./nowhere"], 2, "neither a folder nor a hub name"),
     ],
 )

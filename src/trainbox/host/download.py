@@ -292,7 +292,7 @@ def _gated(name: str, place: str) -> ConfigError:
 def _fetch(name: str, info: Any, kind: str, choose: Choose, folder: Path, revision: str | None) -> None:
     """Download the wanted files; whole or not at all, and resumable: the hub's client goes on in the same folder."""
     from huggingface_hub.errors import GatedRepoError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     files = choose(list(sizes))

@@ -17,9 +17,15 @@ FILES = {
     "model.safetensors": bytes(range(256)) * 400,
     "pytorch_model.bin": b"pickled",
     "original/consolidated.00.pth": b"pickled",
+    "consolidated.safetensors": b"again",
+    "rust_model.ot": b"again",
+    "openvino/openvino_model.xml": b"again",
+    "coreml/model.mlpackage": b"again",
     "README.md": b"# card",
 }
 ROWS = {"sst2/train.jsonl": b'{"text": "a"}\n', "cola/train.jsonl": b'{"text": "b"}\n', "README.md": b"# card"}
+PICKLED = {"config.json": b"{}", "pytorch_model.bin": b"pickled"}
+ONE = {"plain_text/train-0.jsonl": b'{"text": "a"}\n', "plain_text/validation-0.jsonl": b'{"text": "b"}\n'}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -36,12 +42,15 @@ class Hub(BaseHTTPRequestHandler):
 
     def _answer(self, *, body):
         self.server.asked.append((self.path, self.headers.get("Authorization")))
-        if "/gated" in self.path and self.headers.get("Authorization") != "Bearer good":
+        shut = "/auth-check" in self.path or "/resolve/" in self.path
+        if shut and "/gated" in self.path and self.headers.get("Authorization") != "Bearer good":
             return self._send(
                 401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, body
             )
         for route, (name, files) in self.server.repositories.items():
             path = self.path.split("?")[0]
+            if path == f"/api/{route}/auth-check":
+                return self._send(200, b"{}", {}, body)
             if path == f"/api/{route}" or path.startswith(f"/api/{route}/revision/"):
                 if "/revision/" in path and path.rpartition("/")[2] not in ("main", "v1", COMMIT):
                     return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
@@ -55,7 +64,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def _info(self, name, files):
         siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
-        return json.dumps({"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}).encode()
+        info = {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+        return json.dumps({**info, "gated": "manual" if "gated" in name else False}).encode()
 
     def _tree(self, files):
         entries = [
@@ -93,7 +103,11 @@ def hub(tmp_path, monkeypatch):
     server.repositories = {
         "models/org/tiny": ("org/tiny", FILES),
         "models/org/gated": ("org/gated", FILES),
+        "models/org/pickled": ("org/pickled", PICKLED),
         "datasets/glue": ("glue", ROWS),
+        "datasets/org/glue": ("org/glue", ROWS),
+        "datasets/org/one": ("org/one", ONE),
+        "datasets/org/gated": ("org/gated", ONE),
     }
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -101,12 +115,18 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAINBOX_SECRETS", str(tmp_path / "secrets.env"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    new_process()
     yield server
     server.shutdown()
     server.server_close()
 
 
+def new_process():
+    download._find.cache_clear()
+
+
 def fetch(name, revision=None):
+    new_process()
     return download.model(Model(name=name, revision=revision), engine=None, image="")
 
 
@@ -190,21 +210,88 @@ def test_a_full_disk_is_found_before_the_download(hub, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(HardwareError, match="GB are free"):
         fetch("org/tiny")
+    assert not any("/resolve/" in path for path, _ in hub.asked)
 
 
-def test_part_of_a_data_set_is_taken_by_its_path(hub):
-    folder, commit = download.dataset("glue/sst2", None)
-    assert commit == COMMIT
-    assert [path.name for path in folder.rglob("*.jsonl")] == ["train.jsonl"]
-    assert folder.name == "sst2"
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # the client's own guess
+def test_what_an_earlier_download_left_needs_no_room_again(hub, tmp_path, monkeypatch):
+    begun = tmp_path / f"cache/models/.org--tiny@{COMMIT}.part/.cache/huggingface/download"
+    begun.mkdir(parents=True)
+    (begun / "x.incomplete").write_bytes(bytes(102_000))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert fetch("org/tiny")[0].revision == COMMIT
+
+
+def test_a_download_shows_our_bar_alone(hub):
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    enable_progress_bars()
+    fetch("org/tiny")
+    assert are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("org/none", None, "neither here nor on the hub"),
+        ("org/tiny", "v9", "no revision 'v9'"),
+        ("org/gated", None, "is gated"),
+        ("org/pickled", None, r"no weights as \.safetensors; pickled ones"),
+    ],
+)
+def test_what_is_wrong_with_a_hub_model_is_found_before_anything_is_downloaded(hub, name, revision, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        download.check_model(Model(name=name, revision=revision))
+    assert caught.value.place == "model.name"
+    assert not any("/resolve/" in path for path, _ in hub.asked)
+
+
+def test_a_model_that_was_checked_is_not_asked_for_again(hub, monkeypatch):
+    wanted = Model(name="org/tiny")
+    download.check_model(wanted)
+    asked = [path for path, _ in hub.asked]
+    download.model(wanted, engine=None, image="")
+    assert [path for path, _ in hub.asked].count(asked[0]) == 1
+    new_process()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    download.check_model(wanted)  # the copy here will do
+
+
+def test_a_gated_model_that_is_here_needs_no_token_any_more(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "good")
+    fetch("org/gated")
+    monkeypatch.delenv("HF_TOKEN")
+    assert fetch("org/gated")[0].revision == COMMIT
+
+
+def test_a_gated_data_set_is_told_at_its_own_key(hub):
+    with pytest.raises(ConfigError, match="is gated") as caught:
+        download.dataset("org/gated", None)
+    assert caught.value.place == "data.path"
+
+
+@pytest.mark.parametrize("repository", ["glue", "org/glue"])
+def test_part_of_a_data_set_is_taken_by_its_name(hub, repository, monkeypatch):
+    for online in (True, False):
+        for part in ("sst2", "cola"):
+            folder, commit = download.dataset(f"{repository}/{part}", None)
+            assert (folder.name, commit) == (part, COMMIT)
+            assert [path.name for path in folder.rglob("*.jsonl")] == ["train.jsonl"]
+        if online:
+            new_process()
+            monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
 
 def test_a_data_set_is_taken_whole_by_its_name(hub):
-    folder, _ = download.dataset("glue", "main")
-    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jsonl")) == [
-        "cola/train.jsonl",
-        "sst2/train.jsonl",
-    ]
+    folder, _ = download.dataset("org/one", "main")
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jsonl")) == sorted(ONE)
+
+
+@pytest.mark.parametrize("name", ["glue", "org/glue", "org/glue/typo"])
+def test_several_data_sets_side_by_side_are_not_mixed(hub, name):
+    with pytest.raises(ConfigError, match="cola, sst2") as caught:
+        download.dataset(name, None)
+    assert caught.value.remedy.startswith(f"name one: DATA={name.removesuffix('/typo')}/cola")
 
 
 @pytest.mark.parametrize(
