@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import asdict
@@ -68,8 +69,14 @@ def _into_box(splits: Splits, root: Path) -> tuple[dict[str, list[str]], tuple[M
             if root.is_dir() and path.is_relative_to(root) and not path.is_symlink():
                 target, source, shown = f"{BOX_DATA}/files", root, f"{BOX_DATA}/files/{path.relative_to(root)}"
             else:
-                target = shown = f"{BOX_DATA}/{split}/{path.name}"
                 source = path.resolve()
+                target = shown = _free_target(f"{BOX_DATA}/{split}", path.name, source, mounts)
             mounts[target] = Mount(source, target)
             files.setdefault(split, []).append(shown)
     return files, tuple(mounts.values())
+
+
+def _free_target(folder: str, name: str, source: Path, mounts: dict[str, Mount]) -> str:
+    """Files of one name from different folders each get a path of their own."""
+    candidates = itertools.chain([f"{folder}/{name}"], (f"{folder}/{number}/{name}" for number in itertools.count(2)))
+    return next(path for path in candidates if path not in mounts or mounts[path].source == source)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 from pathlib import Path
 
-from trainbox.host import paths
+from trainbox.host import paths, ui
 from trainbox.spec.dataset import hash_file
 from trainbox.spec.run import write_json
+
+SHOWN_FROM = 10**9
+"""Bytes to read from which on it takes long enough to be shown."""
 
 
 def hash_folder(folder: Path) -> dict[str, str]:
@@ -23,10 +28,29 @@ def hash_files(files: list[Path]) -> dict[Path, str]:
     store = paths.cache() / "hashes.json"
     known = _read(store)
     keys = {path: _key(path) for path in files}
-    fresh = {key: hash_file(path) for path, key in keys.items() if key not in known}
+    fresh = _hash_all({key: path for path, key in keys.items() if key not in known})
     if fresh:
-        write_json(store, {**known, **fresh})
+        with store.with_suffix(".lock").open("w") as lock:  # other runs add theirs
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write_json(store, {**_read(store), **fresh})
     return {path: (known | fresh)[key] for path, key in keys.items()}
+
+
+def _hash_all(files: dict[str, Path]) -> dict[str, str]:
+    total = sum(path.stat().st_size for path in files.values())
+    if total < SHOWN_FROM:
+        return {key: hash_file(path) for key, path in files.items()}
+    hashes, done = {}, 0
+    with ui.Progress("hashing files (once)", total, "B") as progress:
+        for key, path in files.items():
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+                    done += len(block)
+                    progress.update(completed=done)
+            hashes[key] = digest.hexdigest()
+    return hashes
 
 
 def _key(path: Path) -> str:

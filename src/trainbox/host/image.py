@@ -36,6 +36,10 @@ NET_VARIABLES = (
 )  # fmt: skip
 """Settings of the host that a build step needs to reach its package index, and that no layer keeps."""
 
+CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT")
+CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
+"""Where the host's certificate authorities are: the first of these that is there, the variables first."""
+
 
 @dataclass(frozen=True)
 class ImageFacts:
@@ -290,14 +294,18 @@ class BuildLog:
 @contextlib.contextmanager
 def _build_secrets() -> Iterator[dict[str, Path]]:
     """What a build needs of the host to reach the network, as BuildKit secrets: no layer or history keeps them."""
-    bundle = Path(os.environ.get("SSL_CERT_FILE", ""))
     with tempfile.TemporaryDirectory(prefix="trainbox-") as folder:
-        secrets = {"ca": bundle} if bundle.is_file() else {}
+        secrets = {"ca": bundle} if (bundle := _ca_bundle()) else {}
         if settings := _net_settings():
             secrets["net"] = Path(folder, "net")
             secrets["net"].touch(mode=0o600)
             secrets["net"].write_text("".join(f"export {name}={_quoted(value)}\n" for name, value in settings.items()))
         yield secrets
+
+
+def _ca_bundle() -> Path | None:
+    named = [os.environ.get(name, "") for name in CA_VARIABLES]
+    return next((Path(file) for file in (*named, *CA_FILES) if Path(file).is_file()), None)
 
 
 def _net_settings() -> dict[str, str]:

@@ -52,6 +52,16 @@ def test_a_link_out_of_the_folder_is_mounted_by_itself(tmp_path):
     assert mounts[0].source == real
 
 
+def test_files_of_one_name_from_several_folders_do_not_hide_one_another(tmp_path):
+    real = [write(tmp_path / place / "train.jsonl", ROW) for place in ("x", "y")]
+    for number, file in enumerate(real):
+        (tmp_path / f"d/{number}").mkdir(parents=True)
+        (tmp_path / f"d/{number}/train.jsonl").symlink_to(file)
+    source, mounts = data.check(recipe(tmp_path / "d"), tmp_path)
+    assert source.files == {"train": ["/data/train/train.jsonl", "/data/train/2/train.jsonl"]}
+    assert {mount.target: mount.source for mount in mounts} == dict(zip(source.files["train"], real, strict=True))
+
+
 def test_a_check_that_passed_is_not_done_again_until_a_byte_or_a_rule_changes(tmp_path, monkeypatch):
     file = write(tmp_path / "rows.jsonl", ROW)
     seen = []

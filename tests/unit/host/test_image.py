@@ -50,8 +50,9 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(paths, "REPO", tmp_path / "repo")
     monkeypatch.setattr(paths, "SOURCE", tmp_path / "repo/src")
     monkeypatch.setenv("TRAINBOX_CACHE", str(tmp_path / "cache"))
-    for name in (*image.NET_VARIABLES, "SSL_CERT_FILE"):
+    for name in (*image.NET_VARIABLES, *image.CA_VARIABLES):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(image, "CA_FILES", ())
     return tmp_path / "repo"
 
 
@@ -188,6 +189,22 @@ def test_network_settings_reach_a_build_as_secrets(repo: Path, tmp_path: Path, m
         told = shell.run(["sh", "-c", f'. {secrets["net"]}; echo "$https_proxy"'], env={"https_proxy": ""})
         assert told.stdout == "http://u:it's@proxy:1\n"
     assert not secrets["net"].exists()
+
+
+def test_the_bundle_of_authorities_is_found_wherever_the_host_keeps_it(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, named = tmp_path / "system.crt", tmp_path / "named.crt"
+    system.write_text("PEM")
+    named.write_text("PEM")
+    monkeypatch.setattr(image, "CA_FILES", (str(tmp_path / "none.crt"), str(system)))
+    for variable, found in (("", system), ("PIP_CERT", named), ("REQUESTS_CA_BUNDLE", named)):
+        if variable:
+            monkeypatch.setenv(variable, str(named))
+        with image._build_secrets() as secrets:
+            assert secrets["ca"] == found
+        if variable:
+            monkeypatch.delenv(variable)
 
 
 def test_a_second_ensure_is_one_look_up(repo: Path, docker: Engine) -> None:
