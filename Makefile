@@ -11,7 +11,7 @@ INVOKE := $(VENV)/bin/python -m invoke
 help: ## print this menu
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-train: setup ## train a recipe: make train [RECIPE=llm-qlora PROFILE=tiny MODEL=.. DATA=.. OUTPUT=output SET="lora.r=8" ENGINE=auto|docker|local GPUS=auto|none|all DRY=1 OVERWRITE=1]
+train: setup ## train a recipe: make train [RECIPE=llm-qlora PROFILE=tiny MODEL=.. DATA=.. OUTPUT=output SET="lora.r=8" ENGINE=auto|docker|local GPUS=auto|none|all (all: require a GPU; one is used) DRY=1 OVERWRITE=1]
 	@$(INVOKE) train --recipe "$$RECIPE" --profile "$$PROFILE" --model "$$MODEL" --data "$$DATA" --output "$$OUTPUT" --set "$$SET" --engine "$$ENGINE" --gpus "$$GPUS" --dry "$$DRY" --overwrite "$$OVERWRITE"
 
 resume: setup ## go on from the newest checkpoint: make resume [OUTPUT=output] [CHECKPOINT=output/checkpoint-500] [FORCE=1]

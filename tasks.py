@@ -13,7 +13,7 @@ from invoke.tasks import task
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
-from trainbox.errors import ConfigError, Interrupted, TrainboxError
+from trainbox.errors import ConfigError, EngineError, Interrupted, TrainboxError
 
 ROOT = Path(__file__).parent
 
@@ -34,12 +34,24 @@ def verb(**options: Any) -> Callable[[Callable[..., None]], Any]:
                 else:
                     ui.fail(error)
                 sys.exit(error.exit_code)
+            except OSError as error:
+                from trainbox.host import ui
+
+                told_as = _of_system(error)
+                ui.fail(told_as)
+                sys.exit(told_as.exit_code)
             except KeyboardInterrupt:
                 sys.exit(130)
 
         return task(**{"positional": [], **options})(told)
 
     return wrap
+
+
+def _of_system(error: OSError) -> EngineError:
+    """What the system refused: an unwritable folder, a full disk."""
+    remedy = "see that it can be written and that there is space; TRAINBOX_CACHE= names another cache"
+    return EngineError(error.strerror or str(error), place=str(error.filename or "system"), remedy=remedy)
 
 
 def yes(value: str | bool) -> bool:
@@ -149,9 +161,9 @@ def lock(c):
 @verb()
 def lint(c):
     """Check style and types."""
-    _tool("ruff", "check", ".")
-    _tool("ruff", "format", "--check", ".")
-    _tool("mypy")
+    _python("-m", "ruff", "check", ".")
+    _python("-m", "ruff", "format", "--check", ".")
+    _python("-m", "mypy")
 
 
 @verb(help={"only": "unit, image or gpu; default: all"})
@@ -160,25 +172,25 @@ def test(c, only=""):
     if not only:
         lint(c)
     if only in ("", "unit"):
-        _tool("pytest", "tests/unit", "-n", "2")
+        _python("-m", "pytest", "tests/unit", "-n", "2")
     if only in ("", "image"):
         engine(c)
-        _tool("pytest", "tests/image", "-n", "2", "--dist", "loadfile", "--durations=10")
+        _python("-m", "pytest", "tests/image", "-n", "2", "--dist", "loadfile", "--durations=10")
     if only in ("", "gpu"):
-        _tool("pytest", "tests/gpu")
+        _python("-m", "pytest", "tests/gpu")
 
 
 @verb()
 def bench(c):
     """Measure the figures that the README quotes, each beside a bare baseline."""
-    _tool("python", "tests/benchmarks/run.py")
+    _python("tests/benchmarks/run.py")
 
 
-def _tool(name: str, *arguments: str) -> None:
+def _python(*arguments: str) -> None:
+    """Run this environment's Python; its scripts name the folder they were made in, which may have moved."""
     from trainbox.host import shell
 
-    bin_folder = Path(sys.executable).parent
-    code = shell.attach([str(bin_folder / name), *arguments], env={"PYTHONPATH": str(ROOT / "src")})
+    code = shell.attach([sys.executable, *arguments], env={"PYTHONPATH": str(ROOT / "src")})
     if code:
         sys.exit(code)
 

@@ -34,6 +34,15 @@ def test_a_mistake_is_told_with_its_exit_code_and_without_a_traceback(arguments,
     assert not (tmp_path / "o").exists()
 
 
+def test_what_the_system_refuses_is_told_without_a_traceback(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = invoke(
+        "train", "--recipe", "llm-qlora", "--profile", "tiny", "--dry", "1", TRAINBOX_CACHE=f"{tmp_path}/file/c"
+    )
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.startswith(f"error: {tmp_path}/file/c: Not a directory\n  ")
+
+
 def test_a_dry_run_prints_the_spec_and_the_sandboxed_command_and_does_nothing(tmp_path):
     done = invoke(
         "train", "--recipe", "llm-qlora", "--profile", "tiny", "--set", "lora.r=2", "--dry", "1", "--engine", "auto",

@@ -33,7 +33,6 @@ class Box:
     cpus: float | None = None
     shm_size: str = "2g"
     """Shared memory for the data loaders' batches; a tmpfs, so only what is used counts."""
-    name: str = ""
 
 
 @dataclass(frozen=True)

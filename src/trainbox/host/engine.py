@@ -98,7 +98,7 @@ class Docker:
     def argv(self, box: Box, scratch: Path | None = None) -> list[str]:
         """The whole `docker run` line; `scratch` is the run's private folder (see `_scratch`), absent in a dry run."""
         return [
-            "docker", "run", "--label", "org.trainbox=run", *(["--name", box.name] if box.name else []),
+            "docker", "run", "--label", "org.trainbox=run",
             *(["--cidfile", f"{scratch}/id"] if scratch else []), *_terminal_flags(box),
             *self._sandbox_flags(box), *_limit_flags(box), *(["--gpus", "all"] if box.gpus else []),
             *[part for mount in box.mounts for part in ("--mount", _bind(mount))],
@@ -241,7 +241,9 @@ def _terminal_flags(box: Box) -> list[str]:
 
 
 def _limit_flags(box: Box) -> list[str]:
-    return [*(["--memory", box.memory] if box.memory else []), *(["--cpus", f"{box.cpus:g}"] if box.cpus else [])]
+    # Memory with swap: left out, Docker allows as much swap again.
+    memory = ["--memory", box.memory, "--memory-swap", box.memory] if box.memory else []
+    return ["--pids-limit", "4096", *memory, *(["--cpus", f"{box.cpus:g}"] if box.cpus else [])]
 
 
 def _bind(mount: Mount) -> str:

@@ -25,7 +25,6 @@ def run(
     argv: Sequence[str],
     *,
     check: bool = True,
-    capture: bool = True,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     stdin: str | None = None,
@@ -39,7 +38,7 @@ def run(
     try:
         done = subprocess.run(
             argv,
-            capture_output=capture,
+            capture_output=True,
             env=_merged(env),
             cwd=cwd,
             input=stdin,
@@ -51,7 +50,7 @@ def run(
     except subprocess.TimeoutExpired:
         raise EngineError(f"no end after {timeout} seconds", place=" ".join(argv)) from None
     if check and done.returncode:
-        lines = f"{done.stdout or ''}{done.stderr or ''}".splitlines()
+        lines = f"{done.stdout}{done.stderr}".splitlines()
         raise EngineError(f"failed with exit code {done.returncode}", place=" ".join(argv), remedy=tail(lines))
     return done
 

@@ -33,14 +33,13 @@ def test_the_whole_run_line() -> None:
         gpus=True,
         memory="8g",
         cpus=1.5,
-        name="train-1",
     )
     line = docker("name=seccomp,profile=default").argv(box, Path("/scratch"))
     assert line == [
-        "docker", "run", "--label", "org.trainbox=run", "--name", "train-1", "--cidfile", "/scratch/id",
+        "docker", "run", "--label", "org.trainbox=run", "--cidfile", "/scratch/id",
         "--init", "--user", USER, "--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
         "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777", "--shm-size", "2g",
-        "--memory", "8g", "--cpus", "1.5", "--gpus", "all",
+        "--pids-limit", "4096", "--memory", "8g", "--memory-swap", "8g", "--cpus", "1.5", "--gpus", "all",
         "--mount", 'type=bind,"source=/home/a,b",target=/data,readonly',
         "--mount", "type=bind,source=/home/out,target=/output",
         "--env", "A=1", "--env", "B=2 3", "--env-file", "/scratch/secrets",
@@ -53,7 +52,7 @@ def test_a_download_gets_the_network_and_nothing_else() -> None:
     assert line == [
         "docker", "run", "--label", "org.trainbox=run", "--init", "--user", USER, "--cap-drop", "ALL",
         "--security-opt", "no-new-privileges", "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777",
-        "--shm-size", "2g", "i", "fetch",
+        "--shm-size", "2g", "--pids-limit", "4096", "i", "fetch",
     ]  # fmt: skip
 
 
