@@ -22,31 +22,13 @@ from trainbox.host.secrets import secret
 from trainbox.spec import rows
 from trainbox.spec.dataset import SPLIT_NAMES
 from trainbox.spec.recipe import Model
-from trainbox.spec.run import ModelSource, hash_json, write_json
+from trainbox.spec.run import UNWANTED, ModelSource, hash_json, write_json
 
 if TYPE_CHECKING:
     from trainbox.host.engine import Docker, Local
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<file>.+\.gguf)")
-UNWANTED = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.msgpack",
-    "*.h5",
-    "*.onnx",
-    "*.gguf",
-    "*.tflite",
-    "*.mlmodel",
-    "*.ot",
-    "consolidated*.safetensors",
-    "original/*",
-    "onnx/*",
-    "openvino/*",
-    "coreml/*",
-]
-"""Copies of the weights in other formats; pickled ones are never loaded."""
 PLACES = {"model": "model.name", "dataset": "data.path"}
 FACTS = ".trainbox.json"
 """In a cached folder, written last: which revision it is. A folder without it is not complete."""

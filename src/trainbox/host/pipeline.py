@@ -35,8 +35,8 @@ Engine = engine.Docker | engine.Local
 def train(choices: Choices, output: Path, engine_name: str, gpus: str, *, dry: bool, overwrite: bool) -> None:
     """Check, build, download, train; leaves `output` with the model and its record."""
     recipe = load_recipe(recipe_folder(choices.recipe), choices)
-    download.check_model(recipe.model)
     source, mounts = data.check(recipe, recipe_folder(choices.recipe))
+    download.check_model(recipe.model)
     check_validation(recipe, has_validation="validation" in source.rows)
     if dry:
         return _show(choices, recipe, source, mounts, output, engine_name)
