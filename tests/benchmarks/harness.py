@@ -43,7 +43,8 @@ def cold_build(folder: Path, repeats: int) -> list[Figure]:
     dockerfile.write_text(base.files["Dockerfile"].read_text().replace("id=trainbox,", f"id={cache},"))
     cold = image.Build("bench-base", {**base.files, "Dockerfile": dockerfile}, base.args)
     before = _cached_steps()
-    root = _seconds(lambda: _call([str(paths.REPO / "docker/rootfs/build"), str(folder / "root.tar")], paths.REPO))
+    bootstrap = ["docker/rootfs/build", str(folder / "root.tar"), "docker/base/packages.txt"]
+    root = _seconds(lambda: _call(bootstrap, paths.REPO))
     built = _seconds(lambda: image._build(cold, docker(), {}))
     docker().client.api.remove_image(cold.tag, force=True)
     for step in _cached_steps() - before:
