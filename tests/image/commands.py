@@ -83,8 +83,14 @@ class Command:
         self.wait_until(lambda: last_step(self.output) >= step)
 
     def wait_for_container(self) -> Container:
+        """The container, once it runs."""
         found: list[Container] = []
-        self.wait_until(lambda: bool(found.extend(containers(self.output)) or found))
+
+        def running() -> bool:
+            found[:] = [box for box in containers(self.output) if box.attrs["State"] == "running"]
+            return bool(found)
+
+        self.wait_until(running)
         return found[0]
 
 

@@ -192,9 +192,10 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_no_step_more(
 
 def test_a_killed_harness_leaves_a_training_that_saves_and_stops(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = Command(*training("llm-full", output), output=output)
+    slow = f"{PLAIN} training.gradient_accumulation_steps=40"  # far from its end when the signal arrives
+    command = Command(*training("llm-full", output, slow), output=output)
     box = command.wait_for_container()
-    command.wait_for_step(5)
+    command.wait_for_step(2)
     command.process.kill()
     assert box.wait()["StatusCode"] == 75
     box.remove()
