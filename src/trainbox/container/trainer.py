@@ -301,7 +301,7 @@ def run(trainer: Any, interrupt: Interrupt, resume: Path | None) -> dict[str, fl
     trainer.remove_callback(PrinterCallback)  # our events say the same
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     state = trainer.state
-    interrupt.training = False
+    # A signal from here on is waited out: what is left takes less than doing the last steps again.
     if interrupt.asked and state.global_step < state.max_steps:
         name = f"checkpoint-{state.global_step}"
         raise Interrupted(f"stopped at step {state.global_step} of {state.max_steps}, {name} is saved")

@@ -339,6 +339,9 @@ def _staged(folder: Path) -> Path:
 
 def _publish(staged: Path, folder: Path, facts: dict[str, Any]) -> Path:
     write_json(staged / FACTS, {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
-    shutil.rmtree(folder, ignore_errors=True)
-    staged.rename(folder)
+    if (folder / FACTS).exists():  # another process was quicker, and may be using it already
+        shutil.rmtree(staged)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.rename(folder)
     return folder
