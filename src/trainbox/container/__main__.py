@@ -198,8 +198,8 @@ def recognise(error: Exception) -> TrainboxError:
     if "No space left" in text:
         return TrainingError("the disk is full", place=str(box(BOX_OUTPUT)), remedy="free space, then resume")
     if isinstance(error, PermissionError):
-        fault = f"cannot write {error.filename}: {error.strerror}"
-        return TrainingError(fault, place=str(box(BOX_OUTPUT)), remedy="make the output folder yours: chown, chmod")
+        remedy = "let the user that trains read /data and /model, and write /output: chown, chmod, docker run --user"
+        return TrainingError("this user may not open it", place=str(error.filename), remedy=remedy)
     first = text.splitlines()[0]
     if "does not have a deterministic implementation" in text:
         remedy = 'give up exact repetition: SET="training.deterministic=false"'

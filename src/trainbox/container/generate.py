@@ -12,6 +12,7 @@ import torch
 from trainbox.container.language_model import load_for_answers, load_for_merge, stop_at_end_of_turn
 from trainbox.container.report import emit
 from trainbox.errors import ConfigError
+from trainbox.spec.checkpoint import share
 from trainbox.spec.formats import Message
 from trainbox.spec.recipe import Peft, SftRecipe
 from trainbox.spec.run import BOX_MODEL, BOX_SPEC, RunSpec, box
@@ -98,4 +99,5 @@ def merge(folder: Path, target: Path) -> None:
     model.save_pretrained(str(target))
     model.generation_config.save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
+    share(target)
     emit("result", text=f"merged {json.dumps(sorted(path.name for path in target.iterdir()))}")

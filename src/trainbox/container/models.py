@@ -9,6 +9,7 @@ from typing import Any
 
 from trainbox.container.report import emit
 from trainbox.errors import ConfigError, EngineError
+from trainbox.spec.checkpoint import share
 
 TINY = {
     "hidden_size": 64,
@@ -38,6 +39,7 @@ def make(name: str, source: Path | None, target: Path) -> None:
         _make_random(name.removeprefix("random:"), staged)
     elif source is not None:
         _convert_gguf(source, staged)
+    share(staged)
     for path in staged.iterdir():
         os.replace(path, target / path.name)  # noqa: PTH105
     staged.rmdir()

@@ -19,6 +19,7 @@ from trainbox.container.prepare import prepared
 from trainbox.container.report import emit
 from trainbox.container.text import IGNORED, load_tokenizer
 from trainbox.errors import ConfigError
+from trainbox.spec.checkpoint import share
 from trainbox.spec.recipe import SftRecipe
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, RunSpec, box
 
@@ -163,6 +164,7 @@ def save_final(model: Any, tokenizer: Any, spec: RunSpec) -> None:
         config |= {"base_model_name_or_path": spec.model.reference, "revision": spec.model.revision}
         adapter.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (staged / "README.md").unlink(missing_ok=True)
+    share(staged)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(staged, final)  # noqa: PTH104
     emit("stage", text="saved final")

@@ -16,8 +16,18 @@ SEAL = "trainbox.json"
 NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
+def share(folder: Path) -> None:
+    """Give files the mode that the caller's umask asks for: safetensors makes them readable by their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
 def publish(staged: Path, final: Path) -> None:
     """Turn a staged folder into a complete checkpoint: checksum, sync to disk, rename."""
+    share(staged)
     write_json(staged / SEAL, {"step": step_of(final), "files": hash_folder(staged)})
     for path in staged.rglob("*"):
         _sync(path)
