@@ -144,6 +144,19 @@ def test_a_lora_target_that_matches_nothing_names_what_there_is(engine: Docker, 
     ended.says("lora.target_modules", "match no module", "q_proj", "all-linear")
 
 
+def test_packing_is_refused_for_an_architecture_that_attends_across_rows(engine: Docker, tmp_path: Path) -> None:
+    bloom = f"{PLAIN} data.packing=true model.attn_implementation=eager"
+    ended = run(*training("llm-full", tmp_path / "out", bloom, "--model=random:bloom"))
+    assert ended.code == 2, ended.text
+    ended.says("data.packing: bloom models attend from one packed row to another", "data.packing=false")
+
+
+def test_an_attention_that_the_model_does_not_have_names_the_one_that_all_have(engine: Docker, tmp_path: Path) -> None:
+    ended = run(*training("llm-full", tmp_path / "out", PLAIN, "--model=random:bloom"))
+    assert ended.code == 2, ended.text
+    ended.says("model.attn_implementation: sdpa cannot be used", "model.attn_implementation=eager")
+
+
 def test_cut_off_weights_are_told_of_the_model(engine: Docker, model: Path, tmp_path: Path) -> None:
     cut(model / "model.safetensors")
     ended = run(*training("llm-lora", tmp_path / "out", PLAIN, f"--model={model}"))

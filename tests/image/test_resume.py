@@ -249,7 +249,7 @@ def change_source(root: Path, comment: str) -> None:
 CHANGES: dict[str, tuple[Callable[[Interrupted], Path], str, str, str]] = {
     "data": (lambda it: it.data, "litres", "liters", "data was "),
     "base model": (lambda it: it.model / "config.json", "1e-06", "1e-05", "base model was "),
-    "recipe": (lambda it: it.root / "recipes/llm-lora/recipe.yaml", "{r: 4,", "{r: 8,", "lora.r was 4, is 8"),
+    "recipe": (lambda it: it.root / "recipes/llm-lora/recipe.yaml", "{r: 4,", "{r: 8,", "lora.r was 4, is now 8"),
     "spec": (lambda it: it.output / "spec.json", '"seed": 42', '"seed": 43', "spec.json was edited"),
 }
 

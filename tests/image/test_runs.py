@@ -356,8 +356,8 @@ from pathlib import Path
 from trainbox.container.sft import *
 spec = RunSpec.read(Path("/output/spec.json"))
 tokenizer = load_tokenizer("/model", spec.recipe.data, trust_remote_code=False)
-data = prepared(spec, tokenizer)
-model = load_model(spec.recipe)
+data, _ = prepared(spec, tokenizer)
+model = load_for_training(spec.recipe, Path("/model"), tokenizer)
 trainer = build_trainer(spec.recipe, model, tokenizer, data, shared.Interrupt())
 (batch,) = (batch for _, batch in zip(range(1), trainer.get_train_dataloader()))
 """

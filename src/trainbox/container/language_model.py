@@ -66,11 +66,12 @@ def _from_pretrained(folder: Path, **arguments: Any) -> Any:
     try:
         # Never the pickled copy of the weights.
         return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **arguments)
-    except ImportError as error:
-        remedy = "add the package to the recipe's requirements.in, or use sdpa"
-        raise ConfigError(str(error).splitlines()[0], place="model.attn_implementation", remedy=remedy) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
+        if isinstance(error, ImportError) or "attn_implementation" in first:
+            wanted = f"{arguments.get('attn_implementation')} cannot be used: {first.partition('. ')[0]}"
+            remedy = 'use another: SET="model.attn_implementation=eager" (every model has it)'
+            raise ConfigError(wanted, place="model.attn_implementation", remedy=remedy) from error
         raise ConfigError(f"is no causal language model: {first}", place="model.name") from error
     except SafetensorError as error:
         remedy = "copy or download the model again"
