@@ -182,12 +182,15 @@ class Docker:
         ]  # fmt: skip
 
     def _can_build(self, client: list[str]) -> bool:
+        from docker.errors import DockerException
+
         tag = "trainbox/probe"
         argv = [*client, "build", "--tag", tag, "-"]
         dockerfile = "FROM scratch\nLABEL org.trainbox=probe\n"
         done = shell.run(argv, check=False, env={"DOCKER_BUILDKIT": "1"}, stdin=dockerfile, timeout=60)
         if done.returncode == 0:
-            self.client.api.remove_image(tag, force=True)
+            with contextlib.suppress(DockerException):  # another process's probe has the same name
+                self.client.api.remove_image(tag, force=True)
         return done.returncode == 0
 
     def _finish(self, container: str, code: int, last: list[str]) -> Finished:
