@@ -70,8 +70,9 @@ def resume(
         use_gpus = hardware.check(gpus, facts.labels)
         choices = _choices(spec)
         current = load_recipe(recipe_folder(choices.recipe), replace(choices, set=(*choices.set, *settings)))
-        source, mounts = data.check(spec.recipe, recipe_folder(choices.recipe))
-        model, folder = download.model(spec.recipe.model, chosen, facts.tag)
+        pinned = _pinned(spec)
+        source, mounts = data.check(pinned, recipe_folder(choices.recipe))
+        model, folder = download.model(pinned.model, chosen, facts.tag)
         origin = {**spec.origin, **_origin(chosen, facts, use_gpus)}
         now = spec.model_copy(
             update={"recipe": freed(spec.recipe, current), "data": source, "model": model, "origin": origin}
@@ -318,6 +319,14 @@ def _checkpoint(output: Path, name: str, found: dict[str, Any]) -> Path:
     return newest
 
 
+def _pinned(spec: RunSpec) -> Recipe:
+    """The recipe with the commits that its branches stood for when the run began: they may have moved on."""
+    recipe = spec.recipe
+    model = recipe.model.model_copy(update={"revision": spec.model.revision or recipe.model.revision})
+    rows = recipe.data.model_copy(update={"revision": spec.data.revision or recipe.data.revision})
+    return recipe.model_copy(update={"model": model, "data": rows})
+
+
 def _same_image(spec: RunSpec, chosen: Engine) -> ImageFacts:
     """The very image of the run where it is still here, else the one that the sources make now."""
     kept = dict(spec.origin.get("image", {}))
@@ -395,7 +404,7 @@ def _opened(folder: Path, engine_name: str, gpus: str) -> Iterator[tuple[Engine,
 
 def _base_of(folder: Path, spec: RunSpec | None, chosen: Engine, facts: ImageFacts) -> Path:
     if spec is not None:
-        model, path = download.model(spec.recipe.model, chosen, facts.tag)
+        model, path = download.model(_pinned(spec).model, chosen, facts.tag)
         if model.hash != spec.model.hash:
             raise ConfigError("the base model is no longer the one of the record", place=model.reference)
         return path
