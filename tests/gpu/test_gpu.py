@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
 def test_a_recipe_trains_on_the_gpu_and_the_record_names_it(recipe, trained):
     _, record = trained(recipe)
     assert record["hardware"]["gpus_used"] is True
-    assert record["sessions"][0]["environment"]["device"] == hardware.gpus()[0].name
+    assert record["attempts"][0]["environment"]["device"] == hardware.gpus()[0].name
     assert record["metrics"]["last_loss"] < record["metrics"]["first_loss"]
 
 

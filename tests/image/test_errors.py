@@ -170,7 +170,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(engine: Docke
     assert ended.code == 5, ended.text
     ended.says("the loss is not a number since step", "learning_rate")
     record = json.loads((output / "run.json").read_text())
-    assert (record["status"], record["sessions"][0]["error"]["kind"]) == ("failed", "training")
+    assert (record["status"], record["attempts"][0]["error"]["kind"]) == ("failed", "training")
     assert newest_complete(output) == (None, [])
     # It left nothing to go on with, so that the next run may take its place unasked.
     command = Command(*training("llm-full", output), output=output)

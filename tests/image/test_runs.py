@@ -56,14 +56,16 @@ def test_the_record_names_everything_that_made_the_model(recipe: str, straight: 
     rows = (ROOT / "recipes" / recipe / "sample/train.jsonl").read_text().splitlines()
     assert found["data"]["rows"]["train"] == len(rows)
     assert len(found["data"]["hash"]) == 64
+    assert found["prepared"]["train"]["rows"] == len(rows)
+    assert found["prepared"]["train"]["truncated"] > 0
     assert found["seed"] == 42
     assert {"cpu", "cores", "memory_gb", "gpus", "kernel"} <= found["hardware"].keys()
     assert found["metrics"]["last_loss"] < found["metrics"]["first_loss"]
     assert {"eval_loss", "train_runtime", "trainable_parameters"} <= found["metrics"].keys()
-    (session,) = found["sessions"]
-    assert session["started"] < session["ended"]
-    assert session["resumed_from"] is None
-    assert session["environment"]["versions"].keys() >= {"torch", "transformers", "peft"}
+    (attempt,) = found["attempts"]
+    assert attempt["started"] < attempt["ended"]
+    assert attempt["resumed_from"] is None
+    assert attempt["environment"]["versions"].keys() >= {"torch", "transformers", "peft"}
     assert set(found["artifacts"]) == {f"final/{path.name}" for path in (output / "final").iterdir()}
 
 

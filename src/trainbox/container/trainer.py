@@ -191,7 +191,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """From here on a signal waits for the end of the step."""
         _forget_after(self._file, state.global_step)
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-        if best.is_dir():  # the state has it by the path of an earlier session, which the local engine may have changed
+        if best.is_dir():  # the state has it by the path of an earlier attempt, which the local engine may have changed
             state.best_model_checkpoint = str(best)
         self._interrupt.training = True
 

@@ -15,21 +15,21 @@ RECORD = "run.json"
 
 
 def write_result(output: Path, spec: RunSpec, outcome: dict[str, Any]) -> None:
-    """Write result.json (this session) and run.json (the whole run, with every session that led here)."""
+    """Write result.json (this attempt) and run.json (the whole run, with every attempt that led here)."""
     final = output / "final"
     artifacts = {f"final/{name}": digest for name, digest in hash_folder(final).items()} if final.is_dir() else {}
     result = outcome | {"artifacts": artifacts}
     write_json(output / RESULT, result)
-    sessions = [*_read(output / RECORD).get("sessions", []), _session(result)]
-    write_json(output / RECORD, _record(spec, result, sessions))
+    attempts = [*_read(output / RECORD).get("attempts", []), _attempt(result)]
+    write_json(output / RECORD, _record(spec, result, attempts))
 
 
-def _session(result: dict[str, Any]) -> dict[str, Any]:
+def _attempt(result: dict[str, Any]) -> dict[str, Any]:
     keys = ("status", "exit_code", "started", "ended", "resumed_from", "environment", "error")
     return {key: result[key] for key in keys if key in result}
 
 
-def _record(spec: RunSpec, result: dict[str, Any], sessions: list[dict[str, Any]]) -> dict[str, Any]:
+def _record(spec: RunSpec, result: dict[str, Any], attempts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "status": result["status"],
         "choices": spec.choices,
@@ -41,7 +41,8 @@ def _record(spec: RunSpec, result: dict[str, Any], sessions: list[dict[str, Any]
         "seed": spec.recipe.training.seed,
         **spec.origin,
         "metrics": result.get("metrics", {}),
-        "sessions": sessions,
+        "prepared": result.get("prepared", {}),
+        "attempts": attempts,
         "artifacts": result["artifacts"],
     }
 

@@ -8,7 +8,7 @@ from trainbox.spec.run import hash_json
 
 @pytest.fixture
 def end(spec):
-    """Write the result and the record of a session's end."""
+    """Write the result and the record of how an attempt ended."""
 
     def write(folder, status="finished", **more):
         record.write_result(folder, spec(), {"status": status, "exit_code": 0, "metrics": {"loss": 0.5}, **more})
@@ -40,12 +40,12 @@ def test_the_record_says_what_made_the_model(output, spec):
     assert json.loads((output / "result.json").read_text())["artifacts"] == found["artifacts"]
 
 
-def test_every_session_is_kept(tmp_path, end):
+def test_every_attempt_is_kept(tmp_path, end):
     end(tmp_path, "interrupted", exit_code=75)
     assert not record.finished(tmp_path)
     end(tmp_path, "finished", resumed_from="checkpoint-5", started="s", ended="e")
     assert record.finished(tmp_path)
-    assert record.read(tmp_path)["sessions"] == [
+    assert record.read(tmp_path)["attempts"] == [
         {"status": "interrupted", "exit_code": 75},
         {"status": "finished", "exit_code": 0, "started": "s", "ended": "e", "resumed_from": "checkpoint-5"},
     ]
