@@ -113,11 +113,12 @@ def _use_working_iptables() -> None:
 
 
 def _remove_stale_pid_files() -> None:
-    """A pid that now belongs to another program would stop dockerd from starting."""
+    """A pid that now belongs to another program, or to a killed one not yet reaped, would stop dockerd."""
     for file, program in PID_FILES.items():
         with contextlib.suppress(FileNotFoundError):
-            comm = Path("/proc", file.read_text().strip() or "0", "comm")
-            if not comm.exists() or comm.read_text().strip() != program:
+            # Unlike comm, the command line of a killed process is empty.
+            command = Path("/proc", file.read_text().strip() or "0", "cmdline")
+            if not command.exists() or Path(command.read_text().partition("\0")[0]).name != program:
                 file.unlink()
 
 
