@@ -200,17 +200,6 @@ def test_an_unknown_engine_is_a_config_error() -> None:
         engine.pick("podman")
 
 
-def test_stale_pid_files_go_and_a_running_engine_s_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stale, other, own = (tmp_path / name for name in ("stale", "other", "own"))
-    stale.write_text("4194999")
-    other.write_text(str(os.getpid()))
-    own.write_text(str(os.getpid()))
-    comm = Path("/proc/self/comm").read_text().strip()
-    monkeypatch.setattr(daemon, "PID_FILES", {stale: "dockerd", other: "dockerd", own: comm, tmp_path / "none": "x"})
-    daemon._remove_stale_pid_files()
-    assert (stale.exists(), other.exists(), own.exists()) == (False, False, True)
-
-
 def test_only_root_brings_up_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.delenv("DOCKER_HOST", raising=False)
