@@ -42,8 +42,8 @@ def answer(model: Any, tokenizer: Any, prompt: str | list[Message], max_new_toke
     return text.strip()
 
 
-def _recipe(folder: Path) -> SftRecipe:
-    """The recipe of the run that trained a folder, where the harness knows it."""
+def _recipe() -> SftRecipe:
+    """The recipe of the run that trained the folder, where the harness knows it."""
     path = box(BOX_SPEC)
     recipe = RunSpec.read(path).recipe if path.exists() else SftRecipe(peft=Peft(method="full"))
     assert isinstance(recipe, SftRecipe)  # noqa: S101
@@ -55,7 +55,7 @@ def _adapted(load: Callable[[SftRecipe, Path], Any], folder: Path) -> tuple[Any,
     from transformers import AutoTokenizer
 
     adapter = (folder / "adapter_config.json").exists()
-    model = load(_recipe(folder), box(BOX_MODEL) if adapter else folder)
+    model = load(_recipe(), box(BOX_MODEL) if adapter else folder)
     if adapter:
         from peft import PeftModel
 

@@ -37,7 +37,7 @@ def train_sft(spec: RunSpec, interrupt: shared.Interrupt, resume: Path | None) -
     before = None if resume else answer_samples(model, tokenizer, recipe)
     shared.seed_everything(recipe.training)
     trainer = build_trainer(recipe, model, tokenizer, data, interrupt)
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainable = _tell_parameters(trainer.model)
     samples = Samples(recipe.sample.prompts, before)
     metrics = shared.run(trainer, interrupt, resume)
     save_final(trainer.model, tokenizer, spec)
@@ -107,7 +107,7 @@ def build_trainer(
     except ValueError as error:  # settings that exclude each other, in the Trainer's own words
         raise ConfigError(str(error).splitlines()[0], place="training") from error
     try:
-        trainer = Trainer(
+        return Trainer(
             model=model,
             args=config,
             train_dataset=data["train"],
@@ -123,8 +123,6 @@ def build_trainer(
         fault = f"{recipe.lora.target_modules} match no module of {recipe.model.name}"
         remedy = f'its linear modules: {", ".join(known)}\nor SET="lora.target_modules=all-linear"'
         raise ConfigError(fault, place="lora.target_modules", remedy=remedy) from None
-    _tell_parameters(trainer.model)
-    return trainer
 
 
 def _lora(recipe: SftRecipe) -> Any:
@@ -144,10 +142,11 @@ def _lora(recipe: SftRecipe) -> Any:
     )
 
 
-def _tell_parameters(model: Any) -> None:
+def _tell_parameters(model: Any) -> int:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = model.num_parameters()
     emit("note", text=f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    return int(trainable)
 
 
 def save_final(model: Any, tokenizer: Any, spec: RunSpec) -> None:
