@@ -23,9 +23,7 @@ from trainbox.spec import checkpoint, record
 from trainbox.spec.run import BOX_OUTPUT, RunSpec, box
 
 if TYPE_CHECKING:
-    from trainbox.container.trainer import Interrupt
-
-Task = Callable[[RunSpec, "Interrupt", Path | None], dict[str, Any]]
+    from trainbox.container.task import Task
 
 
 def main() -> int:
@@ -90,7 +88,7 @@ def train(command: argparse.Namespace) -> None:
     outcome: dict[str, Any] = {"status": "finished", "exit_code": 0}
     try:
         check_gpu()
-        outcome |= tasks()[spec.recipe.task](spec, interrupt, resume)
+        outcome |= task_of(spec).train(interrupt, resume)
     except Exception as error:
         known = error if isinstance(error, TrainboxError) else recognise(error)
         outcome |= {"status": "interrupted" if known.kind == "interrupted" else "failed", "exit_code": known.exit_code}
@@ -117,12 +115,21 @@ def check_gpu() -> None:
         )
 
 
-def tasks() -> dict[str, Task]:
-    """The function of each task; a new method adds its line. Imported late: torch takes seconds."""
-    from trainbox.container.sft import train_sft
-
+def task_of(spec: RunSpec) -> Task:
+    """The task that a spec asks for. Each imports its own libraries, which take seconds."""
+    task = TASKS[spec.recipe.task]()(spec)
     loaded()
-    return {"sft": train_sft}
+    return task
+
+
+def _sft() -> type[Task]:
+    from trainbox.container.sft import Sft
+
+    return Sft
+
+
+TASKS: dict[str, Callable[[], type[Task]]] = {"sft": _sft}
+"""A new training method adds its class."""
 
 
 def loaded() -> None:
@@ -181,19 +188,17 @@ def environment() -> dict[str, Any]:
     return facts
 
 
-OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How torch, CUDA and the CPU's allocator say it."""
-
-
 def recognise(error: Exception) -> TrainboxError:
     """The person's error behind a library's."""
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+    from trainbox.container.trainer import out_of_memory
+
+    if out_of_memory(error):
         return HardwareError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}",
             place="training",
-            remedy="halve training.per_device_train_batch_size and double training.gradient_accumulation_steps,\n"
-            "or training.gradient_checkpointing=true, a smaller data.max_length, or recipe llm-qlora",
+            remedy="training.auto_batch_size=true halves the batch and doubles the accumulation by itself; or\n"
+            "training.gradient_checkpointing=true, a smaller data.max_length, or recipe llm-qlora",
         )
     if "No space left" in text:
         return TrainingError("the disk is full", place=str(box(BOX_OUTPUT)), remedy="free space, then resume")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from trainbox.container.language_model import load_for_answers, load_for_merge, stop_at_end_of_turn
+from trainbox.container.base_model import load_for_merge, load_for_use
 from trainbox.container.report import emit
+from trainbox.container.text import end_of_turn
 from trainbox.errors import ConfigError
 from trainbox.spec.checkpoint import share
 from trainbox.spec.formats import Message
@@ -42,6 +43,14 @@ def answer(model: Any, tokenizer: Any, prompt: str | list[Message], max_new_toke
     return text.strip()
 
 
+def stop_at_end_of_turn(model: Any, tokenizer: Any) -> None:
+    """Answers end where the chat template ends a turn: that is what is learned, and some bases have another eos."""
+    configured = model.generation_config.eos_token_id
+    ends = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+    ends.add(end_of_turn(tokenizer))
+    model.generation_config.eos_token_id = sorted(token for token in ends if token is not None)
+
+
 def _recipe() -> SftRecipe:
     """The recipe of the run that trained the folder, where the harness knows it."""
     path = box(BOX_SPEC)
@@ -50,12 +59,12 @@ def _recipe() -> SftRecipe:
     return recipe
 
 
-def _adapted(load: Callable[[SftRecipe, Path], Any], folder: Path) -> tuple[Any, Any]:
+def _adapted(load: Callable[[SftRecipe, Path, Any], Any], folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a trained folder: a whole model, or an adapter over the base at /model."""
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     adapter = (folder / "adapter_config.json").exists()
-    model = load(_recipe(), box(BOX_MODEL) if adapter else folder)
+    model = load(_recipe(), box(BOX_MODEL) if adapter else folder, AutoModelForCausalLM)
     if adapter:
         from peft import PeftModel
 
@@ -67,7 +76,7 @@ def _adapted(load: Callable[[SftRecipe, Path], Any], folder: Path) -> tuple[Any,
 
 def infer(folder: Path, prompt: str | None, max_new_tokens: int) -> None:
     """Answer one prompt, or chat until the end of the input."""
-    model, tokenizer = _adapted(load_for_answers, folder)
+    model, tokenizer = _adapted(load_for_use, folder)
     if prompt:
         emit("answer", text=answer(model, tokenizer, prompt, max_new_tokens))
         return

@@ -11,19 +11,17 @@ from trainbox.container.report import emit
 from trainbox.errors import ConfigError, EngineError
 from trainbox.spec.checkpoint import share
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-    # The names that GPT-2 and its kin use for the same.
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-}
+SIZES = {
+    64: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size"),
+    128: ("intermediate_size", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
+    2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
+        "num_key_value_heads"),
+    4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
+    16: ("head_dim", "d_kv"),
+    2048: ("max_position_embeddings",),
+}  # fmt: skip
+"""How small a tiny model is, by the names that the architectures have for it."""
+TINY = {name: size for size, names in SIZES.items() for name in names}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -48,7 +46,7 @@ def make(name: str, source: Path | None, target: Path) -> None:
 def _make_random(model_type: str, folder: Path) -> None:
     """A tiny untrained model of an architecture, with a byte-level tokenizer: for trying a recipe out."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     from trainbox.spec.load import nearest
@@ -56,22 +54,35 @@ def _make_random(model_type: str, folder: Path) -> None:
     if model_type not in CONFIG_MAPPING_NAMES:
         hint = nearest(model_type, CONFIG_MAPPING_NAMES)
         raise ConfigError(f"transformers knows no model type {model_type!r}", place="model.name", remedy=hint)
-    tokenizer = byte_tokenizer()
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    kind, auto_class = _kind(model_type)
+    tokenizer = byte_tokenizer(kind)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     known = vars(AutoConfig.for_model(model_type))
     sizes = {key: value for key, value in TINY.items() if key in known or key in _aliases(model_type)}
-    config = AutoConfig.for_model(
-        model_type, **sizes, **ends, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id
-    )
+    if kind == "seq2seq":
+        special["decoder_start_token_id"] = tokenizer.pad_token_id
+    config = AutoConfig.for_model(model_type, **sizes, **special, vocab_size=len(tokenizer))
     torch.manual_seed(0)
-    try:
-        model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ConfigError(f"{model_type} is no causal language model", place="model.name") from error
-    model.generation_config.max_length = None
+    model = auto_class.from_config(config)
+    if kind != "encoder":
+        model.generation_config.max_length = None
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     emit("stage", text=f"made a tiny random {model_type}: {model.num_parameters():,} parameters")
+
+
+def _kind(model_type: str) -> tuple[str, Any]:
+    """What an architecture is for, with transformers' class for it: seq2seq, encoder or decoder."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto import modeling_auto as auto
+
+    if model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "seq2seq", AutoModelForSeq2SeqLM
+    if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder", AutoModelForMaskedLM
+    if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder", AutoModelForCausalLM
+    raise ConfigError(f"{model_type} is no language model", place="model.name")
 
 
 def _aliases(model_type: str) -> set[str]:
@@ -80,24 +91,30 @@ def _aliases(model_type: str) -> set[str]:
     return set(getattr(type(AutoConfig.for_model(model_type)), "attribute_map", {}))
 
 
-def byte_tokenizer() -> Any:
-    """One token a byte: no training, every text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def byte_tokenizer(kind: str = "decoder") -> Any:
+    """One token a byte: no training, every text. An encoder's texts begin and end, a seq2seq model's end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
+    names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    if kind == "encoder":
+        names |= {"cls_token": "<|begin|>", "sep_token": "<|end|>", "mask_token": "<|mask|>"}
+    roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<|begin|>",  # noqa: S106
-        eos_token="<|end|>",  # noqa: S106
-        pad_token="<|pad|>",  # noqa: S106
-        extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"],
-        model_max_length=2048,
+        tokenizer_object=core, **names, extra_special_tokens=roles, model_max_length=2048
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    if kind == "decoder":
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
+    begin = "<|begin|> " if kind == "encoder" else ""
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|begin|>", "<|end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin}$A <|end|>", pair=f"{begin}$A <|end|> $B:1 <|end|>:1", special_tokens=ids
+    )
     return tokenizer
 
 

@@ -4,61 +4,62 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from trainbox.container import base_model
 from trainbox.container import trainer as shared
-from trainbox.container.generate import answer
-from trainbox.container.language_model import check_packing, load_for_training
-from trainbox.container.prepare import prepared
+from trainbox.container.generate import answer, stop_at_end_of_turn
 from trainbox.container.report import emit
-from trainbox.container.text import IGNORED, load_tokenizer
+from trainbox.container.task import Outcome, Task
+from trainbox.container.text import IGNORED, ChatEncoder, load_chat_tokenizer
 from trainbox.errors import ConfigError
-from trainbox.spec.checkpoint import share
-from trainbox.spec.recipe import SftRecipe
-from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, RunSpec, box
+from trainbox.spec.run import BOX_OUTPUT, box
 
 
-def train_sft(spec: RunSpec, interrupt: shared.Interrupt, resume: Path | None) -> dict[str, Any]:
-    """Load, train, save `output/final`; returns what result.json keeps: metrics, what became of the rows."""
-    recipe = spec.recipe
-    assert isinstance(recipe, SftRecipe)  # noqa: S101
-    shared.seed_everything(recipe.training)
-    tokenizer = load_tokenizer(str(box(BOX_MODEL)), recipe.data, trust_remote_code=recipe.model.trust_remote_code)
-    data, stats = prepared(spec, tokenizer)
-    model = load_for_training(recipe, box(BOX_MODEL), tokenizer)
-    if recipe.data.packing:
-        check_packing(model)
-    before = None if resume else answer_samples(model, tokenizer, recipe)
-    shared.seed_everything(recipe.training)
-    trainer = build_trainer(recipe, model, tokenizer, data, interrupt)
-    trainable = _tell_parameters(trainer.model)
-    samples = Samples(recipe.sample.prompts, before)
-    metrics = shared.run(trainer, interrupt, resume)
-    save_final(trainer.model, tokenizer, spec)
-    if "test" in data:
-        metrics |= trainer.evaluate(data["test"], metric_key_prefix="test")
-    samples.finish(answer_samples(trainer.model, tokenizer, recipe))
-    metrics |= {"steps": trainer.state.global_step, "trainable_parameters": trainable}
-    return {"metrics": metrics, "prepared": stats}
+class CausalTask(Task):
+    """What the tasks of causal language models share: the chat, and samples of it before and after."""
+
+    auto_class = AutoModelForCausalLM
+    adapter_type = "CAUSAL_LM"
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        """The tokenizer, with a chat template."""
+        model = self.recipe.model
+        return load_chat_tokenizer(folder, self.recipe.data.template, trust_remote_code=model.trust_remote_code)
+
+    def load_model(self, folder: Path) -> Any:
+        """The base model, which ends its answers where the chat template does."""
+        model = super().load_model(folder)
+        stop_at_end_of_turn(model, self.tokenizer)
+        return model
+
+    def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
+        """TRL adds the adapter itself, and so knows that the base below it is the reference."""
+        return {"model": model, "peft_config": base_model.adapter_config(self.recipe, self.adapter_type)}
+
+    def before(self, model: Any, data: dict[str, Any], resume: Path | None) -> None:
+        """Answer the held-out prompts."""
+        self._samples = Samples(self.recipe.sample.prompts, None if resume else self._answers(model))
+
+    def after(self, trainer: Any, data: dict[str, Any]) -> Outcome:
+        """Answer the held-out prompts once more."""
+        self._samples.finish(self._answers(trainer.model))
+        return {}
+
+    def _answers(self, model: Any) -> list[str]:
+        sample = self.recipe.sample
+        if sample.prompts:
+            emit("stage", text=f"answering {len(sample.prompts)} held-out prompts")
+        return [answer(model, self.tokenizer, prompt, sample.max_new_tokens) for prompt in sample.prompts]
 
 
 class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with a loss of its own: TRL's entropy and accuracy cost more than a small model's whole step."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        if base is not self.model:
-            # TRL casts the adapter of a quantised base to bfloat16, where small updates of AdamW round to nothing.
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -90,90 +91,52 @@ class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]
         return output
 
 
-def build_trainer(
-    recipe: SftRecipe, model: Any, tokenizer: Any, data: dict[str, Any], interrupt: shared.Interrupt
-) -> Trainer:
-    """The trainer over tokenised data."""
-    validation = data.get("validation")
-    try:
-        config = SFTConfig(
-            **shared.arguments(recipe.training, has_validation=validation is not None),
-            max_length=recipe.data.max_length if recipe.data.packing else None,
-            packing=recipe.data.packing,
-            eval_packing=recipe.data.packing,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            prediction_loss_only=True,
+class Sft(CausalTask):
+    """Learns answers, or plain text."""
+
+    trainer_class = Trainer
+    config_class = SFTConfig
+    encoder_class = ChatEncoder
+
+    def config(self) -> dict[str, Any]:
+        """The data is tokenised and packed already."""
+        data = self.recipe.data
+        # A stream has no rows left to keep apart.
+        packing = data.packing and data.packing_strategy != "wrapped"
+        return {
+            "max_length": data.max_length if packing else None,
+            "packing": packing,
+            "eval_packing": packing,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "prediction_loss_only": True,
+        }
+
+    def before(self, model: Any, data: dict[str, Any], resume: Path | None) -> None:
+        """Refuse to pack what cannot be packed, before anything is trained."""
+        if self.recipe.data.packing and self.recipe.data.packing_strategy != "wrapped":
+            check_packing(model)
+        super().before(model, data, resume)
+
+
+def check_packing(model: Any) -> None:
+    """Refuse to pack for an architecture whose attention does not stop at a row's start (Bloom, Falcon, MPT, Mamba).
+
+    Two rows of eight tokens are packed; what comes before the second must not change it.
+    """
+    ids = torch.arange(1, 17, device=model.device)[None]
+    other = torch.cat([ids[:, 8:], ids[:, 8:]], dim=1)
+    positions = torch.arange(8, device=model.device).repeat(2)[None]
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        first, second = (
+            model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 8:].float() for x in (ids, other)
         )
-    except ValueError as error:  # settings that exclude each other, in the Trainer's own words
-        raise ConfigError(str(error).splitlines()[0], place="training") from error
-    try:
-        return Trainer(
-            model=model,
-            args=config,
-            train_dataset=data["train"],
-            eval_dataset=validation,
-            processing_class=tokenizer,
-            peft_config=_lora(recipe) if recipe.peft.method != "full" else None,
-            callbacks=shared.callbacks(recipe.training, interrupt),
-        )
-    except ValueError as error:
-        if "arget modules" not in str(error):
-            raise
-        known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        fault = f"{recipe.lora.target_modules} match no module of {recipe.model.name}"
-        remedy = f'its linear modules: {", ".join(known)}\nor SET="lora.target_modules=all-linear"'
-        raise ConfigError(fault, place="lora.target_modules", remedy=remedy) from None
-
-
-def _lora(recipe: SftRecipe) -> Any:
-    from peft import LoraConfig
-
-    lora = recipe.lora
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        bias=lora.bias,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-    )
-
-
-def _tell_parameters(model: Any) -> int:
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = model.num_parameters()
-    emit("note", text=f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
-    return int(trainable)
-
-
-def save_final(model: Any, tokenizer: Any, spec: RunSpec) -> None:
-    """Write `output/final`, aside and renamed: adapter or model, with the tokenizer; plain libraries load it."""
-    final = box(BOX_OUTPUT) / "final"
-    staged = final.with_name(".final.tmp")
-    shutil.rmtree(staged, ignore_errors=True)
-    model.save_pretrained(str(staged))
-    model.generation_config.save_pretrained(str(staged))
-    tokenizer.save_pretrained(str(staged))
-    adapter = staged / "adapter_config.json"
-    if adapter.exists():
-        config = json.loads(adapter.read_text())
-        config |= {"base_model_name_or_path": spec.model.reference, "revision": spec.model.revision}
-        adapter.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (staged / "README.md").unlink(missing_ok=True)
-    share(staged)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(staged, final)  # noqa: PTH104
-    emit("stage", text="saved final")
-
-
-def answer_samples(model: Any, tokenizer: Any, recipe: SftRecipe) -> list[str]:
-    """Greedy answers to the recipe's held-out prompts."""
-    if recipe.sample.prompts:
-        emit("stage", text=f"answering {len(recipe.sample.prompts)} held-out prompts")
-    return [answer(model, tokenizer, prompt, recipe.sample.max_new_tokens) for prompt in recipe.sample.prompts]
+    model.train(was_training)
+    if not torch.allclose(first, second, rtol=1e-2, atol=1e-3):
+        fault = f"{model.config.model_type} models attend from one packed row to another"
+        remedy = 'SET="data.packing=false", or data.packing_strategy=wrapped, which keeps no rows apart'
+        raise ConfigError(fault, place="data.packing", remedy=remedy)
 
 
 class Samples:

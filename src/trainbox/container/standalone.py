@@ -60,7 +60,7 @@ def _data(recipe: Recipe) -> DataSource:
     progress = Progress("checking data")
     facts = check(recipe, splits, progress.update)
     files = {split: [str(path) for path in paths] for split, paths in splits.items()}
-    return DataSource(files=files, hash=facts.hash, rows=dict(facts.rows), formats=dict(facts.formats))
+    return DataSource(files=files, **asdict(facts))
 
 
 def _model(recipe: Recipe) -> ModelSource:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainbox.container.prepare import Encoder, Placed, Stats, open_arrow
 from trainbox.errors import ConfigError, DataError
-from trainbox.spec.formats import Example, Message
-from trainbox.spec.recipe import Data
+from trainbox.spec.formats import Message
+from trainbox.spec.reading import Example
+from trainbox.spec.recipe import Template
+from trainbox.spec.run import RunSpec
 
 INSTRUCTION_TEMPLATE = (
     "{{ bos_token or '' }}"
@@ -39,20 +43,26 @@ IGNORED = -100
 """The label of a token that is not learned, by PyTorch's convention."""
 
 
-def load_tokenizer(folder: str, data: Data, *, trust_remote_code: bool = False) -> Any:
-    """The model's fast tokenizer, with a chat template and a padding token."""
+def load_fast_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. Raises ConfigError where there is none, or only a slow one."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"has no tokenizer that loads: {first}", place="model.name") from None
     if not tokenizer.is_fast:
         raise ConfigError("has only a slow tokenizer, which cannot tell where a token lies", place="model.name")
-    if data.template == "none":
+    return tokenizer
+
+
+def load_chat_tokenizer(folder: Path, template: Template, *, trust_remote_code: bool = False) -> Any:
+    """The model's fast tokenizer, with a chat template and a padding token."""
+    tokenizer = load_fast_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if template == "none":
         tokenizer.chat_template = PLAIN_TEMPLATE
-    elif data.template == "instruction" or not tokenizer.chat_template:
+    elif template == "instruction" or not tokenizer.chat_template:
         tokenizer.chat_template = INSTRUCTION_TEMPLATE
     if tokenizer.eos_token is None:
         raise ConfigError("the tokenizer has no end-of-text token, so no answer could ever end", place="model.name")
@@ -81,34 +91,90 @@ class Rendered(NamedTuple):
     lost: int = 0
 
 
-class Encoder:
-    """Turns examples into (input_ids, labels), both of the length of the text in tokens."""
+class ChatEncoder(Encoder):
+    """Turns messages, through the chat template, or plain text into input_ids and labels of one length."""
 
-    def __init__(self, tokenizer: Any, data: Data, date: str) -> None:
-        self._tokenizer, self._all = tokenizer, data.loss_on == "all"
+    sources = (*Encoder.sources, "container/text.py", "spec/formats.py")
+    counts = ("learned", "unlearned", "lost", "sequences")
+
+    def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        self._all = getattr(self.data, "loss_on", "answers") == "all"
+        self._packs = getattr(self.data, "packing", False)
         # Some templates write today's date into the text; a run keeps the date that it began on.
-        day = datetime.fromisoformat(date)
+        day = datetime.fromisoformat(spec.date)
         self._template = TODAY.sub(lambda call: repr(day.strftime(call[2])), tokenizer.chat_template)
+        self.depends_on = spec.date if self._template != tokenizer.chat_template else ""
         end = end_of_turn(tokenizer)
         self._end_of_turn = NOTHING if end is None else tokenizer.convert_ids_to_tokens(end)
         probe = tokenizer("a")["input_ids"]
         adds_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
         self._bos = tokenizer.bos_token if adds_bos else ""
 
-    def encode(self, examples: list[tuple[str, Example]]) -> list[Encoded]:
+    def encode(self, rows: list[Placed]) -> list[Encoded]:
         """Token IDs and labels of a batch of (place, example)."""
-        rendered = [self._render(place, example) for place, example in examples]
+        rendered = [self._render(place, example) for place, example in rows]
         texts = [each.text for each in rendered]
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        rows = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        tokenised = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
         return [
-            Encoded(_array(ids), _array(_labels(ids, offsets, each.spans)), each.unlearned, each.lost)
-            for ids, offsets, each in rows
+            Encoded(as_array(ids), as_array(_labels(ids, offsets, each.spans)), each.unlearned, each.lost)
+            for ids, offsets, each in tokenised
         ]
+
+    def keep(self, row: Encoded, stats: Stats) -> tuple[np.ndarray, np.ndarray] | None:
+        """The row cut to its length, unless nothing of its answer is left."""
+        ids, labels = row.ids, row.labels
+        stats["unlearned"] += row.unlearned
+        stats["lost"] += row.lost
+        stats["longest"] = max(stats["longest"], len(ids))
+        if not self._packs or self.data.packing_strategy == "bfd":
+            stats["truncated"] += len(ids) > self.data.max_length
+            ids, labels = ids[: self.data.max_length], labels[: self.data.max_length]
+        # The first token is never predicted, so its label does not count.
+        learned = int((labels[1:] != IGNORED).sum())
+        if not learned:
+            return None
+        stats["tokens"] += len(ids)
+        stats["learned"] += learned
+        return ids, labels
+
+    def finish(self, path: Path, stats: Stats) -> None:
+        """Pack, where the recipe asks for it."""
+        stats["sequences"] = self._pack(path) if self._packs else stats["rows"] - stats["dropped"]
+
+    def _pack(self, path: Path) -> int:
+        """Fill sequences of max_length by TRL's packing (https://arxiv.org/abs/2404.10830); how many there are."""
+        from trl import pack_dataset
+
+        mapping = {"cache_file_name": str(path.with_suffix(".packed")), "batch_size": 10_000}
+        packed = pack_dataset(open_arrow(path), self.data.max_length, self.data.packing_strategy, mapping)
+        path.with_suffix(".packed").replace(path)
+        return len(packed)
+
+    def describe(self, split: str, stats: Stats) -> str:
+        """One line for the log."""
+        parts = [f"{split}: {stats['rows']:,} rows, {stats['tokens']:,} tokens ({stats['learned']:,} learned)"]
+        parts.append(f"longest {stats['longest']:,}")
+        if stats["sequences"] != stats["rows"] - stats["dropped"]:
+            parts.append(f"packed into {stats['sequences']:,} sequences")
+        cut = f"{stats['truncated']:,} cut to {self.data.max_length:,} tokens"
+        return "; ".join([*parts, f"{cut}, {stats['dropped']:,} dropped (no answer left)"])
+
+    def warnings(self, split: str, stats: Stats) -> list[str]:
+        """What the chat template did to the rows that the person would not expect."""
+        lines = []
+        if stats["unlearned"]:
+            lines.append(f"{split}: {stats['unlearned']:,} answers are not learned: the chat template hides them")
+        if stats["lost"]:
+            lines.append(f"{split}: the chat template leaves out {stats['lost']:,} system or user messages")
+        if self._end_of_turn == NOTHING and split == "train":
+            lines.append("the chat template ends an answer with no token of its own: answers will not know their end")
+        return lines
 
     def _render(self, place: str, example: Example) -> Rendered:
         if "text" in example:
-            text = f"{self._bos}{example['text']}{self._tokenizer.eos_token}"
+            text = f"{self._bos}{example['text']}{self.tokenizer.eos_token}"
             return Rendered(text, [(len(self._bos), len(text))])
         messages, tools = example["messages"], example.get("tools")
         try:
@@ -122,7 +188,7 @@ class Encoder:
 
     def apply(self, messages: list[Message], tools: Any, *, prompt: bool = False) -> str:
         """The chat template's text; with `prompt`, up to where the assistant begins to speak."""
-        text = self._tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=prompt, chat_template=self._template
         )
         return str(text)
@@ -166,7 +232,7 @@ class Encoder:
     def _trimmed(self, text: str) -> str:
         """Without the end-of-text token that some templates put after the last turn's own end (Phi), if it has one."""
         text = text.rstrip()
-        shorter = text.removesuffix(self._tokenizer.eos_token).rstrip()
+        shorter = text.removesuffix(self.tokenizer.eos_token).rstrip()
         return shorter if shorter.endswith(self._end_of_turn) else text
 
 
@@ -179,7 +245,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
     return next((token for token in tail if token in special), None)
 
 
-def _array(numbers: list[int]) -> np.ndarray:
+def as_array(numbers: list[int]) -> np.ndarray:
+    """Token IDs as int32."""
     return np.array(numbers, dtype=np.int32)
 
 

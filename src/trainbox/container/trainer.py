@@ -41,12 +41,26 @@ class BoxTrainer:
     control: TrainerControl
     callback_handler: Any
     model: Any
+    optimizer: Any
+    get_optimizer_cls_and_kwargs: Any
     _tr_loss: torch.Tensor
     _globalstep_last_logged: int
     _staging = False
     _bad_step: torch.Tensor | None = None
     _tokens: torch.Tensor | int = 0
     _tokens_since = 0.0
+    loraplus_lr_ratio: float | None = None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The Trainer's optimizer; for LoRA+, with the groups of parameters that PEFT makes."""
+        if self.optimizer is None and self.loraplus_lr_ratio:
+            from peft.optimizers import create_loraplus_optimizer
+
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = create_loraplus_optimizer(
+                self.model, kind, loraplus_lr_ratio=self.loraplus_lr_ratio, **settings
+            )
+        return super().create_optimizer(model)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         output = str(self.args.output_dir)
@@ -266,7 +280,7 @@ def precision(training: Training) -> str:
 
 def arguments(training: Training, *, has_validation: bool) -> dict[str, Any]:
     """Keyword arguments of `TrainingArguments`, which every task's own configuration class takes."""
-    own = {"deterministic", "early_stopping_patience", "warmup_ratio", "gradient_checkpointing"}
+    own = {"deterministic", "early_stopping_patience", "warmup_ratio", "gradient_checkpointing", "auto_batch_size"}
     values = training.model_dump(exclude=own)
     chosen = precision(training)
     strategy = training.eval_strategy
@@ -312,3 +326,20 @@ def run(trainer: Any, interrupt: Interrupt, resume: Path | None) -> dict[str, fl
     if losses:
         metrics |= {"first_loss": losses[0], "last_loss": losses[-1]}
     return metrics
+
+
+def evaluate(trainer: Any, rows: Any, prefix: str) -> dict[str, float]:
+    """The metrics of rows, by name: numbers alone."""
+    emit("stage", text=f"evaluating the {prefix} data")
+    found = trainer.evaluate(rows, metric_key_prefix=prefix)
+    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+
+
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How torch, CUDA and the CPU's allocator say it."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is the machine's way to say that there is no more memory."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)

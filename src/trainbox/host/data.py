@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from trainbox.errors import DataError
 from trainbox.host import download, hashes, paths, ui
 from trainbox.host.box import Mount
-from trainbox.spec import dataset, formats, recipe, rows
+from trainbox.spec import dataset, formats, labels, pairs, preferences, reading, recipe, rows
 from trainbox.spec.dataset import Splits
+from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Recipe
 from trainbox.spec.run import BOX_DATA, DataSource, hash_json, write_json
 
+RULES = (dataset, formats, labels, pairs, preferences, reading, recipe, rows)
+"""The modules that decide whether a row is good."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,2}")
 
 
@@ -26,10 +31,46 @@ def check(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
     """
     root, revision = _locate(chosen, folder)
     splits = dataset.find_splits(chosen.data.model_copy(update={"path": str(root)}), folder)
+    return _source(chosen, splits, _code(chosen, folder), root, revision)
+
+
+def check_for_evaluation(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
+    """The same for rows to evaluate: those of the test split where there is one, else all of them."""
+    root, revision = _locate(chosen, folder)
+    splits = dataset.find_splits(chosen.data.model_copy(update={"path": str(root)}), folder)
+    rows_of_all = [path for files in splits.values() for path in files]
+    return _source(chosen, {"test": splits.get("test", rows_of_all)}, _code(chosen, folder), root, revision)
+
+
+def _source(
+    chosen: Recipe, splits: Splits, code: list[Path], root: Path, revision: str | None
+) -> tuple[DataSource, tuple[Mount, ...]]:
     facts = _check_rows(chosen, splits)
-    files, mounts = _into_box(splits, root)
-    source = DataSource(files=files, reference=chosen.data.path, revision=revision, **facts)
-    return source, mounts
+    for line in facts["warnings"]:
+        ui.warn(line)
+    with_code = {**splits, "code": code} if code else splits
+    files, mounts = _into_box(with_code, root)
+    shown = files.pop("code", [])
+    facts["hash"] = dataset.hash_splits(with_code)
+    return DataSource(files=files, reference=chosen.data.path, revision=revision, code=shown, **facts), mounts
+
+
+def _code(chosen: Recipe, folder: Path) -> list[Path]:
+    """The user's own Python that the recipe names. Raises DataError where it cannot be what the recipe says it is."""
+    found = []
+    for name, function in chosen.code:
+        path = dataset.resolve(name, folder)
+        try:
+            tree = ast.parse(path.read_bytes(), path.name)
+        except (SyntaxError, ValueError) as error:
+            line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+            raise DataError(f"is not Python: {error}", place=f"{name}{line}", remedy="mend it") from None
+        known = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        if function not in known:
+            remedy = f"{nearest(function, known)}\nit has {', '.join(known) or 'none'}".strip()
+            raise DataError(f"has no function {function}", place=name, remedy=remedy)
+        found.append(path)
+    return found
 
 
 def _locate(chosen: Recipe, folder: Path) -> tuple[Path, str | None]:
@@ -43,15 +84,15 @@ def _locate(chosen: Recipe, folder: Path) -> tuple[Path, str | None]:
     return download.dataset(path, chosen.data.revision)
 
 
-def _check_rows(chosen: Recipe, splits: Splits) -> dict[str, object]:
+def _check_rows(chosen: Recipe, splits: Splits) -> dict[str, Any]:
     """Facts of a check that passed are kept: the same files under the same rules need no second look."""
     found = hashes.hash_files([path for files in splits.values() for path in files])
     named = {split: [(path.name, found[path]) for path in files] for split, files in splits.items()}
-    code = [dataset.hash_file(Path(str(module.__file__))) for module in (dataset, formats, recipe, rows)]
-    key = hash_json([named, chosen.data.model_dump(mode="json"), type(chosen).__name__, code])
+    code = [dataset.hash_file(Path(str(module.__file__))) for module in RULES]
+    key = hash_json([named, chosen.model_dump(mode="json", exclude={"training", "model", "limits"}), code])
     kept = paths.cache() / "checked" / f"{key}.json"
     if kept.exists():
-        facts: dict[str, object] = json.loads(kept.read_text())
+        facts: dict[str, Any] = json.loads(kept.read_text())
         return facts
     with ui.Progress("checking data", unit="rows") as progress:
         facts = asdict(dataset.check(chosen, splits, lambda count: progress.update(count)))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainbox.errors import DataError
-from trainbox.spec.formats import COLUMNS, Example, find_format, to_example
+from trainbox.spec.formats import ChatReader, TextReader
+from trainbox.spec.labels import LabelReader, TagReader
 from trainbox.spec.load import is_path
-from trainbox.spec.recipe import Data, Recipe, SftRecipe
-from trainbox.spec.rows import READERS, read_rows
+from trainbox.spec.pairs import PairReader
+from trainbox.spec.preferences import PreferenceReader, PromptReader
+from trainbox.spec.reading import Reader
+from trainbox.spec.recipe import Data, Recipe
+from trainbox.spec.rows import READERS
 
 Splits = dict[str, list[Path]]
 SPLIT_NAMES = {
@@ -35,6 +39,10 @@ class DataFacts:
     """Rows by split."""
     formats: Mapping[str, int] = field(default_factory=dict)
     """Rows by format."""
+    labels: Sequence[str] = ()
+    """The labels in the order of their IDs, where the rows have any."""
+    warnings: Sequence[str] = ()
+    """What is odd about the rows, yet can be learned."""
 
 
 def find_splits(data: Data, folder: Path) -> Splits:
@@ -88,27 +96,15 @@ def _split_name(path: Path) -> str:
     return "train"
 
 
-def read_examples(files: list[Path], data: Data, counts: Counter[str] | None = None) -> Iterator[tuple[str, Example]]:
-    """Every row of the files, checked and in the one shape of formats.py, with its place."""
-    for path in files:
-        name, needed = "", set[str]()
-        for place, row in read_rows(path):
-            if not name or (data.format == "auto" and not row.keys() & needed):
-                name = find_format(row.keys(), data, place)
-                needed = {data.columns.get(column, column) for column in COLUMNS[name]}
-            if counts is not None:
-                counts[name] += 1
-            yield place, to_example(row, name, data.columns, place)
-
-
 def check(recipe: Recipe, splits: Splits, on_row: Callable[[int], None] = lambda count: None) -> DataFacts:
     """Read every row of every split. Raises DataError at the first fault; `on_row` gets the count so far."""
     rows: dict[str, int] = {}
-    counts: Counter[str] = Counter()
+    reading = reader(recipe)
     total = 0
     for split, files in splits.items():
         rows[split] = 0
-        for _ in READ[type(recipe)](files, recipe.data, counts):
+        for place, example in reading.read(files):
+            reading.see(split, place, example)
             rows[split] += 1
             total += 1
             if total % 1000 == 0:
@@ -116,17 +112,34 @@ def check(recipe: Recipe, splits: Splits, on_row: Callable[[int], None] = lambda
         if not rows[split]:
             names = ", ".join(file.name for file in files)
             raise DataError(f"the {split} data has no rows", place=names, remedy="fill the file, or set DATA=")
-    held_out = rows["train"] * recipe.data.validation_split
-    if recipe.data.validation_split and "validation" not in splits and (held_out < 1 or rows["train"] < 2):
-        fault = f"data.validation_split {recipe.data.validation_split} of {rows['train']} rows is less than one row"
+    if "train" in rows and "validation" not in rows:
+        _check_held_out(recipe, rows["train"])
+    found = reading.finish()
+    return DataFacts(hash=hash_splits(splits), rows=rows, formats=dict(reading.formats), **asdict(found))
+
+
+def _check_held_out(recipe: Recipe, rows: int) -> None:
+    share = recipe.data.validation_split
+    if share and (rows * share < 1 or rows < 2):
+        fault = f"data.validation_split {share} of {rows} rows is less than one row"
         raise DataError(fault, place="data.validation_split", remedy="raise it or name a data.validation_file")
-    return DataFacts(hash=hash_splits(splits), rows=rows, formats=dict(counts))
 
 
-READ: dict[type[Recipe], Callable[[list[Path], Data, Counter[str]], Iterator[tuple[str, Example]]]] = {
-    SftRecipe: read_examples
+def reader(recipe: Recipe) -> Reader[Any]:
+    """The reader of a recipe's rows."""
+    return READERS_BY_TASK[recipe.task](recipe)
+
+
+READERS_BY_TASK: dict[str, Callable[[Any], Reader[Any]]] = {
+    "sft": ChatReader,
+    "preference": PreferenceReader,
+    "grpo": PromptReader,
+    "masked-lm": TextReader,
+    "text-classification": LabelReader,
+    "token-classification": TagReader,
+    "seq2seq": PairReader,
 }
-"""The reader of each kind of recipe's rows."""
+"""A new training method adds its reader."""
 
 
 def hash_splits(splits: Splits) -> str:

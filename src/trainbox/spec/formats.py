@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 from trainbox.errors import DataError
 from trainbox.spec.load import nearest
-from trainbox.spec.recipe import Data
+from trainbox.spec.reading import Example, Reader
+from trainbox.spec.recipe import ChatData, MaskedLmRecipe, SftRecipe
 from trainbox.spec.rows import Row, parse_json
 
 Message = dict[str, Any]
-Example = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -31,7 +32,36 @@ SHAREGPT_ROLES = {
 }
 
 
-def find_format(columns: Collection[str], data: Data, place: str) -> str:
+class ChatReader(Reader[SftRecipe]):
+    """Rows of any known format; the first row of a file shows which."""
+
+    _format = ""
+    _needed: frozenset[str] = frozenset()
+
+    def begin(self, path: Path) -> None:
+        """Another file may have another format."""
+        self._format = ""
+
+    def to_example(self, row: Row, place: str) -> Example:
+        """`{"messages": [...], "tools": [...]}` or `{"text": ...}`."""
+        data = self.recipe.data
+        if not self._format or (data.format == "auto" and not row.keys() & self._needed):
+            self._format = find_format(row.keys(), data, place)
+            self._needed = frozenset(data.columns.get(column, column) for column in COLUMNS[self._format])
+        self.formats[self._format] += 1
+        return to_example(row, self._format, data.columns, place)
+
+
+class TextReader(Reader[MaskedLmRecipe]):
+    """Plain text: files of it, or rows with a column `text`."""
+
+    def to_example(self, row: Row, place: str) -> Example:
+        """`{"text": ...}`."""
+        self.formats["text"] += 1
+        return to_example(row, "text", self.recipe.data.columns, place)
+
+
+def find_format(columns: Collection[str], data: ChatData, place: str) -> str:
     """The format that the first row's columns belong to, or the one the recipe names, if its columns are there."""
     renamed = {ours for ours, theirs in data.columns.items() if theirs in columns}
     present = {*columns, *renamed}

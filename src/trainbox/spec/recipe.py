@@ -6,7 +6,8 @@ Field names are those of transformers' `TrainingArguments`, PEFT's `LoraConfig` 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AliasChoices,
@@ -59,8 +60,11 @@ class Model(Section):
 class Peft(Section):
     """Which weights are trained."""
 
-    method: Literal["full", "lora", "qlora"] = "lora"
-    """full: all weights. lora: a low-rank adapter. qlora: the same over a base quantised to 4 bits."""
+    method: Literal["full", "lora", "qlora", "prefix-tuning", "adapter"] = "lora"
+    """full: all weights. lora: a low-rank adapter. qlora: the same over a base quantised to 4 bits. prefix-tuning:
+    learned keys and values before the text. adapter: learned scales inside each layer, (IA)3, PEFT's nearest kind."""
+    num_virtual_tokens: PositiveInt = 20
+    """Length of prefix-tuning's learned prefix (https://arxiv.org/abs/2101.00190)."""
 
 
 class Lora(Section):
@@ -82,6 +86,36 @@ class Lora(Section):
     """Scale by alpha / sqrt(r) instead (https://arxiv.org/abs/2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)."""
+    init_lora_weights: Literal["default", "gaussian", "pissa", "loftq"] = "default"
+    """How the adapter starts. pissa: from the base's largest singular values (https://arxiv.org/abs/2404.02948), with
+    lora. loftq: from what quantisation lost (https://arxiv.org/abs/2310.08659), with qlora."""
+    loraplus_lr_ratio: PositiveFloat | None = None
+    """LoRA+ (https://arxiv.org/abs/2402.12354): matrix B learns this many times faster than A; 16 is usual."""
+
+
+ENCODER_TARGETS = [
+    "query", "key", "value", "dense", "query_proj", "key_proj", "value_proj", "q_lin", "k_lin", "v_lin", "out_lin",
+    "lin1", "lin2", "ffn", "ffn_output",
+]  # fmt: skip
+"""The projections of BERT, RoBERTa, ALBERT, DeBERTa and DistilBERT, each by its own names."""
+SEQ2SEQ_TARGETS = ["q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "out_proj"]
+"""The attention projections of T5 and BART."""
+
+
+class EncoderLora(Lora):
+    """The low-rank adapter (https://arxiv.org/abs/2106.09685)."""
+
+    r: PositiveInt = 8
+    """Rank; doubling it doubles the adapter's size."""
+    target_modules: str | list[str] = ENCODER_TARGETS
+    """Modules that get an adapter: a list of names, a regular expression, or `all-linear`."""
+
+
+class Seq2SeqLora(EncoderLora):
+    """The low-rank adapter (https://arxiv.org/abs/2106.09685)."""
+
+    target_modules: str | list[str] = SEQ2SEQ_TARGETS
+    """Modules that get an adapter: a list of names, a regular expression, or `all-linear`."""
 
 
 class Quantization(Section):
@@ -93,9 +127,6 @@ class Quantization(Section):
     """Quantise the quantisation constants too, saving about 0.4 bits a parameter."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type that matrices are multiplied in; auto: bfloat16 where the GPU has it, float32 on a CPU."""
-
-
-Format = Literal["auto", "alpaca", "prompt-completion", "chat", "sharegpt", "text"]
 
 
 class Data(Section):
@@ -111,18 +142,62 @@ class Data(Section):
     """A file for the final evaluation."""
     validation_split: Fraction = 0.0
     """Share of the training rows held out for eval_loss when there is no validation file."""
-    format: Format = "auto"
-    """Shape of a row; auto: found by its columns."""
     columns: dict[str, str] = {}
-    """Other names for a format's columns, e.g. {instruction: question, output: answer}."""
+    """Other names for the columns that the format wants, e.g. {instruction: question, output: answer}."""
+    max_length: PositiveInt = 512
+    """Tokens a row is cut to."""
+
+
+Format = Literal["auto", "alpaca", "prompt-completion", "chat", "sharegpt", "text"]
+Template = Literal["auto", "instruction", "none"]
+
+
+class PromptData(Data):
+    """Rows that become text through a chat template."""
+
     max_length: PositiveInt = 2048
     """Tokens a row is cut to."""
+    template: Template = "auto"
+    """How a row becomes text. auto: the model's chat template, else `instruction`; none: as it is."""
+
+
+class ChatData(PromptData):
+    """The training data."""
+
+    format: Format = "auto"
+    """Shape of a row; auto: found by its columns."""
     packing: bool = False
-    """Fill sequences of max_length with several rows; no row attends to another."""
+    """Fill sequences of max_length with several rows."""
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
+    """bfd: whole rows, best fit first; no row attends to another. bfd_split: the same, rows longer than max_length go
+    on in the next sequence. wrapped: one stream of text cut at every max_length, as for pre-training."""
     loss_on: Literal["answers", "all"] = "answers"
     """Tokens that are learned: what the assistant says, or everything."""
-    template: Literal["auto", "instruction", "none"] = "auto"
-    """How a row becomes text. auto: the model's chat template, else `instruction`; none: as it is."""
+
+
+class TextData(Data):
+    """Plain text."""
+
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are hidden and guessed."""
+
+
+class LabelledData(Data):
+    """Texts with labels."""
+
+    labels: list[str] | None = None
+    """The labels in their order; default: those of the training data, sorted."""
+
+
+class Seq2SeqData(Data):
+    """Pairs of input and target."""
+
+    prefix: str = ""
+    """Put before every input: T5's `summarize: ` and the like."""
+    max_length: PositiveInt = Field(512, validation_alias=AliasChoices("max_length", "max_input_length"))
+    """Tokens an input is cut to."""
+    max_target_length: PositiveInt = 128
+    """Tokens a target is cut to."""
 
 
 Optimizer = Literal[
@@ -154,6 +229,8 @@ class Training(Section):
     """The same while evaluating; default: the training one."""
     gradient_accumulation_steps: PositiveInt = 4
     """Passes per optimizer step; effective batch = batch size x this x devices."""
+    auto_batch_size: bool = False
+    """Where memory runs out, go on with half the batch size and twice the accumulation: the same effective batch."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Schedule = "cosine"
@@ -230,7 +307,8 @@ class Training(Section):
             raise ValueError("load_best_model_at_end needs save_strategy steps or epoch")
         if self.load_best_model_at_end and self.eval_strategy not in ("auto", self.save_strategy):
             raise ValueError("load_best_model_at_end needs eval_strategy and save_strategy to be the same")
-        if self.load_best_model_at_end and self.eval_steps and self.save_steps % self.eval_steps:
+        by_steps = "steps" in (self.save_strategy, self.eval_strategy)
+        if self.load_best_model_at_end and by_steps and self.eval_steps and self.save_steps % self.eval_steps:
             raise ValueError("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
         return self
 
@@ -255,6 +333,94 @@ class Limits(Section):
     """Shared memory, which data loader processes pass batches through."""
 
 
+class Preference(Section):
+    """Learning which of two answers is better."""
+
+    method: Literal["dpo", "kto", "orpo", "simpo"] = "dpo"
+    """dpo: https://arxiv.org/abs/2305.18290. kto, from single answers marked good or bad: https://arxiv.org/abs/2402.01306.
+    Without a reference model, orpo: https://arxiv.org/abs/2403.07691, simpo: https://arxiv.org/abs/2405.14734."""
+    beta: PositiveFloat | None = None
+    """How closely the reference is kept to (dpo, kto), the odds ratio's weight (orpo), the reward's scale (simpo);
+    default: 0.1, for simpo 2."""
+    simpo_gamma: PositiveFloat = 0.5
+    """The margin that simpo wants between the two rewards."""
+    desirable_weight: PositiveFloat = 1.0
+    """Weight of kto's good answers."""
+    undesirable_weight: PositiveFloat = 1.0
+    """Weight of kto's bad answers."""
+
+
+class Grpo(Section):
+    """Group relative policy optimisation (https://arxiv.org/abs/2402.03300): answers are tried and rewarded."""
+
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Answers tried for each prompt; the effective batch must be a multiple of it."""
+    max_completion_length: PositiveInt = 256
+    """Tokens of an answer."""
+    temperature: PositiveFloat = 1.0
+    """Of the sampling; higher is more varied."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the distance to the base model; 0 needs no reference."""
+
+
+class Reward(Section):
+    """One reward for an answer; the rewards of a recipe are added by weight."""
+
+    type: Literal["exact-match", "regex", "length", "json", "python"]
+    """exact-match: the answer is the row's column. regex: the pattern is found. length: near the wanted number of
+    characters. json: it parses. python: a function of the user's own file."""
+    weight: float = 1.0
+    """Factor of this reward in the sum; below 0 it is a penalty."""
+    column: str = "answer"
+    """exact-match: the column of the data that holds the right answer."""
+    pattern: str | None = None
+    """regex: what must be found in the answer, in Python's syntax."""
+    length: PositiveInt | None = None
+    """length: characters that earn 1; an answer of none, or twice as many, earns 0."""
+    file: str | None = None
+    """python: a file with the function below; it runs in the sandbox, without a network."""
+    function: str = "reward"
+    """python: takes the answer (text) and the row (a mapping), returns a number."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Reward:
+        needed = {"regex": "pattern", "length": "length", "python": "file"}.get(self.type)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"a reward of type {self.type} needs {needed}")
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"pattern is no regular expression: {error}") from None
+        return self
+
+
+class Classification(Section):
+    """What the head learns."""
+
+    multi_label: bool = False
+    """A text may have several labels, or none: a list, or one text with the labels between commas."""
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """Weight of each label in the loss. balanced: rare labels count as much as frequent ones."""
+
+
+class Generation(Section):
+    """How text is generated while evaluating and by infer; names as in transformers' GenerationConfig."""
+
+    max_length: PositiveInt = 128
+    """Tokens at most."""
+    min_length: NonNegativeInt = 10
+    """Tokens at least."""
+    num_beams: PositiveInt = 4
+    """Beams of the search."""
+    length_penalty: float = 2.0
+    """Above 0 favours longer texts."""
+    early_stopping: bool = True
+    """End when enough beams are finished."""
+    no_repeat_ngram_size: NonNegativeInt = 3
+    """No group of so many tokens comes twice; 0 allows all."""
+
+
 class Recipe(Section):
     """What every task shares."""
 
@@ -267,15 +433,137 @@ class Recipe(Section):
     training: Training = Training()
     limits: Limits = Limits()
 
+    METRICS: ClassVar[tuple[str, ...]] = ("loss",)
+    """What its evaluation gives, the first names of each: training.metric_for_best_model is one of them."""
 
-class SftRecipe(Recipe):
-    """Supervised fine-tuning of a causal language model."""
+    @model_validator(mode="after")
+    def _known_metric(self) -> Recipe:
+        name = self.training.metric_for_best_model.removeprefix("eval_")
+        if name not in self.METRICS:
+            known = ", ".join(self.METRICS)
+            raise ValueError(f"training.metric_for_best_model {name!r} is none of this task's metrics: {known}")
+        return self
 
-    task: Literal["sft"] = "sft"
+    @property
+    def code(self) -> tuple[tuple[str, str], ...]:
+        """The user's own Python that the run needs: files, each with the function that it must have."""
+        return ()
+
+
+class AdapterRecipe(Recipe):
+    """A text model, trained whole or through an adapter."""
+
     peft: Peft = Peft()
     lora: Lora = Lora()
     quantization: Quantization = Quantization()
+
+    @model_validator(mode="after")
+    def _starts_right(self) -> AdapterRecipe:
+        needed = {"pissa": "lora", "loftq": "qlora"}.get(self.lora.init_lora_weights)
+        if needed and self.peft.method != needed:
+            raise ValueError(f"lora.init_lora_weights {self.lora.init_lora_weights} needs peft.method {needed}")
+        return self
+
+
+class SftRecipe(AdapterRecipe):
+    """Supervised fine-tuning of a causal language model."""
+
+    task: Literal["sft"] = "sft"
+    data: ChatData = ChatData()
     sample: Sample = Sample()
+
+
+class PreferenceRecipe(AdapterRecipe):
+    """Preference tuning of a causal language model."""
+
+    task: Literal["preference"] = "preference"
+    data: PromptData = PromptData()
+    preference: Preference = Preference()
+    sample: Sample = Sample()
+
+    METRICS = ("loss", "rewards/accuracies", "rewards/margins")
+
+
+class GrpoRecipe(AdapterRecipe):
+    """Reinforcement learning of a causal language model by rewards."""
+
+    task: Literal["grpo"] = "grpo"
+    data: PromptData = PromptData()
+    grpo: Grpo = Grpo()
+    rewards: list[Reward] = [Reward(type="exact-match")]
+    """What an answer is worth."""
+    sample: Sample = Sample()
+
+    METRICS = ("loss", "reward")
+
+    @property
+    def code(self) -> tuple[tuple[str, str], ...]:
+        """The files of the rewards in Python."""
+        return tuple((reward.file, reward.function) for reward in self.rewards if reward.file)
+
+
+class EncoderRecipe(AdapterRecipe):
+    """A recipe whose learning rate follows from its method: an adapter learns fifty times faster than all weights."""
+
+    peft: Peft = Peft(method="full")
+    lora: Lora = EncoderLora()
+
+    LEARNING_RATES: ClassVar[tuple[float, float]] = (2e-5, 1e-3)
+    """Of all weights, and of an adapter, where training.learning_rate is not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_learning_rate(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or not isinstance(tree.get("training", {}), dict):
+            return tree
+        peft = tree.get("peft", {})
+        whole = not isinstance(peft, dict) or peft.get("method", "full") == "full"
+        return {**tree, "training": {"learning_rate": cls.LEARNING_RATES[not whole], **tree.get("training", {})}}
+
+
+class MaskedLmRecipe(EncoderRecipe):
+    """Continued pre-training of an encoder on plain text: hidden words are guessed."""
+
+    task: Literal["masked-lm"] = "masked-lm"
+    data: TextData = TextData()
+
+    METRICS = ("loss", "accuracy", "perplexity")
+    LEARNING_RATES = (5e-5, 1e-3)
+
+
+class TextClassifierRecipe(EncoderRecipe):
+    """A label, or several, for a text."""
+
+    task: Literal["text-classification"] = "text-classification"
+    data: LabelledData = LabelledData()
+    lora: EncoderLora = EncoderLora()
+    classification: Classification = Classification()
+
+    METRICS = (
+        "loss", "accuracy", "precision", "recall", "f1", "macro_precision", "macro_recall", "macro_f1",
+    )  # fmt: skip
+
+
+class TokenClassifierRecipe(EncoderRecipe):
+    """A tag for each word: names, parts of speech."""
+
+    task: Literal["token-classification"] = "token-classification"
+    data: LabelledData = LabelledData()
+    lora: EncoderLora = EncoderLora()
+
+    METRICS = ("loss", "accuracy", "precision", "recall", "f1")
+
+
+class Seq2SeqRecipe(EncoderRecipe):
+    """From one text to another: answers, summaries, translations."""
+
+    task: Literal["seq2seq"] = "seq2seq"
+    data: Seq2SeqData = Seq2SeqData()
+    lora: Seq2SeqLora = Seq2SeqLora()
+    generation: Generation = Generation()
+
+    METRICS = ("loss", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact_match")
+    LEARNING_RATES = (3e-4, 1e-3)
 
 
 def check_validation(recipe: Recipe, *, has_validation: bool) -> None:
@@ -290,5 +578,16 @@ def check_validation(recipe: Recipe, *, has_validation: bool) -> None:
         )
 
 
-RECIPES: dict[str, type[Recipe]] = {"sft": SftRecipe}
-"""By task; a new training method adds its recipe here and its function in `container/__main__.py`."""
+RECIPES: dict[str, type[Recipe]] = {
+    cls.model_fields["task"].default: cls
+    for cls in (
+        SftRecipe,
+        PreferenceRecipe,
+        GrpoRecipe,
+        MaskedLmRecipe,
+        TextClassifierRecipe,
+        TokenClassifierRecipe,
+        Seq2SeqRecipe,
+    )
+}
+"""By task; a new training method adds its recipe here and its class in `container/__main__.py`."""

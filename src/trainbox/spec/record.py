@@ -42,6 +42,7 @@ def _record(spec: RunSpec, result: dict[str, Any], attempts: list[dict[str, Any]
         **spec.origin,
         "metrics": result.get("metrics", {}),
         "prepared": result.get("prepared", {}),
+        **{key: result[key] for key in ("batch_size", "evaluation") if key in result},
         "attempts": attempts,
         "artifacts": result["artifacts"],
     }

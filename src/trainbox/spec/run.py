@@ -49,6 +49,12 @@ class DataSource(Section):
     """Rows by split."""
     formats: dict[str, int] = Field(default_factory=dict)
     """Rows by format."""
+    labels: list[str] = Field(default_factory=list)
+    """The labels in the order of their IDs."""
+    warnings: list[str] = Field(default_factory=list)
+    """What is odd about the rows, yet can be learned."""
+    code: list[str] = Field(default_factory=list)
+    """Paths inside the box of the user's own Python that the run needs."""
 
 
 FREE: Any = {
@@ -105,7 +111,8 @@ class RunSpec(Section):
     def prepared_key(self) -> str:
         """Names the tokenised data: the same key, the same tokens."""
         data = self.recipe.data.model_dump(mode="json", exclude={"path", "validation_file", "test_file", "revision"})
-        return hash_json([self.identity["data"], self.identity["base model"], data, self.recipe.training.seed])[:24]
+        rows = [self.recipe.task, self.identity["data"], self.data.labels, data, self.recipe.training.seed]
+        return hash_json([rows, self.identity["base model"]])[:24]
 
     def write(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""

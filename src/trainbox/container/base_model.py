@@ -1,0 +1,243 @@
+"""A text model in memory: loaded, quantised, adapted, to train, to use and to merge."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig
+
+from trainbox.container.report import emit
+from trainbox.container.trainer import precision
+from trainbox.errors import ConfigError
+from trainbox.spec.checkpoint import share
+from trainbox.spec.recipe import AdapterRecipe
+from trainbox.spec.run import BOX_OUTPUT, ModelSource, box
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_for_training(recipe: AdapterRecipe, folder: Path, auto_class: Any, **more: Any) -> Any:
+    """The base model on its device, quantised for qlora. `more` goes to its configuration (id2label ...).
+
+    Raises ConfigError where the folder holds none of this class.
+    """
+    emit("stage", text=f"loading {recipe.model.name}")
+    compute = PRECISIONS[precision(recipe.training)]
+    # All weights train in float32, under mixed precision: an update of a bfloat16 weight mostly rounds to nothing.
+    weights = torch.float32 if recipe.peft.method == "full" else compute
+    model = _load(recipe, folder, auto_class, weights, _quantization(recipe, compute), **more)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    _keep_trainable(model)
+    return model
+
+
+def load_for_use(recipe: AdapterRecipe, folder: Path, auto_class: Any, **more: Any) -> Any:
+    """A model as its run held it in memory, so that what could train can answer."""
+    compute = PRECISIONS[precision(recipe.training)]
+    return _load(recipe, folder, auto_class, compute, _quantization(recipe, compute), **more)
+
+
+def load_for_merge(recipe: AdapterRecipe, folder: Path, auto_class: Any, **more: Any) -> Any:
+    """A model on the CPU in the type that its files have: merging on any machine writes the same."""
+    return _from_pretrained(folder, auto_class, dtype="auto", trust_remote_code=recipe.model.trust_remote_code, **more)
+
+
+def _load(
+    recipe: AdapterRecipe, folder: Path, auto_class: Any, weights: torch.dtype, quantization: Any, **more: Any
+) -> Any:
+    return _from_pretrained(
+        folder,
+        auto_class,
+        dtype=DTYPES.get(recipe.model.dtype, weights),
+        attn_implementation=recipe.model.attn_implementation,
+        trust_remote_code=recipe.model.trust_remote_code,
+        quantization_config=quantization,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        **more,
+    )
+
+
+def _from_pretrained(folder: Path, auto_class: Any, **arguments: Any) -> Any:
+    try:
+        # Never the pickled copy of the weights.
+        return auto_class.from_pretrained(str(folder), use_safetensors=True, **arguments)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0]
+        if isinstance(error, ImportError) or "attn_implementation" in first:
+            wanted = f"{arguments.get('attn_implementation')} cannot be used: {first.partition('. ')[0]}"
+            remedy = 'use another: SET="model.attn_implementation=eager" (every model has it)'
+            raise ConfigError(wanted, place="model.attn_implementation", remedy=remedy) from error
+        kind = auto_class.__name__.removeprefix("AutoModelFor")
+        raise ConfigError(f"is no model for {_words(kind)}: {first}", place="model.name") from error
+    except SafetensorError as error:
+        remedy = "copy or download the model again"
+        raise ConfigError(f"its weights cannot be read: {error}", place="model.name", remedy=remedy) from error
+
+
+def _words(name: str) -> str:
+    """`SequenceClassification` as `sequence classification`."""
+    return "".join(f" {char.lower()}" if char.isupper() else char for char in name).strip()
+
+
+def _quantization(recipe: AdapterRecipe, compute: torch.dtype) -> BitsAndBytesConfig | None:
+    if recipe.peft.method != "qlora":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.quantization.quant_type,
+        bnb_4bit_use_double_quant=recipe.quantization.double_quant,
+        bnb_4bit_compute_dtype=DTYPES.get(recipe.quantization.compute_dtype, compute),
+    )
+
+
+def _keep_trainable(model: Any) -> None:
+    """Stop bitsandbytes from repacking a layer on the CPU at its first evaluation.
+
+    The packed layer has a coarser scale and no gradient, so that training after a sample or an evaluation would
+    silently leave out every layer below it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+# Adapters
+
+
+def adapter_config(recipe: AdapterRecipe, task_type: str) -> Any:
+    """PEFT's configuration of the recipe's adapter; None where all weights are trained."""
+    return ADAPTERS[recipe.peft.method](recipe, task_type)
+
+
+def _lora(recipe: AdapterRecipe, task_type: str) -> Any:
+    from peft import LoraConfig
+
+    lora = recipe.lora
+    start = {"gaussian": "gaussian", "pissa": "pissa"}.get(lora.init_lora_weights, True)
+    return LoraConfig(
+        task_type=task_type,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        bias=lora.bias,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=start,
+    )
+
+
+def _prefix(recipe: AdapterRecipe, task_type: str) -> Any:
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(task_type=task_type, num_virtual_tokens=recipe.peft.num_virtual_tokens)
+
+
+def _ia3(recipe: AdapterRecipe, task_type: str) -> Any:
+    from peft import IA3Config
+
+    return IA3Config(task_type=task_type, modules_to_save=recipe.lora.modules_to_save)
+
+
+ADAPTERS: dict[str, Callable[[AdapterRecipe, str], Any]] = {
+    "full": lambda recipe, task_type: None,
+    "lora": _lora,
+    "qlora": _lora,
+    "prefix-tuning": _prefix,
+    "adapter": _ia3,
+}
+
+
+def adapt(recipe: AdapterRecipe, model: Any, task_type: str) -> Any:
+    """The model with the recipe's adapter in float32, its own weights frozen; or as it is, to train all weights."""
+    config = adapter_config(recipe, task_type)
+    if config is None:
+        return model
+    from peft import get_peft_model
+
+    with adapter_faults(recipe, model):
+        adapted = get_peft_model(model, config)
+    if recipe.training.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+    return adapted
+
+
+@contextmanager
+def adapter_faults(recipe: AdapterRecipe, model: Any) -> Iterator[None]:
+    """What PEFT says of an adapter that does not fit the model, as the person's error."""
+    try:
+        yield
+    except ValueError as error:
+        if "arget modules" not in str(error) and "target_modules" not in str(error):
+            raise
+        known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        fault = f"{recipe.lora.target_modules} match no module of {recipe.model.name}"
+        remedy = f'its linear modules: {", ".join(known)}\nor SET="lora.target_modules=all-linear"'
+        raise ConfigError(fault, place="lora.target_modules", remedy=remedy) from None
+
+
+def begin_adapter(recipe: AdapterRecipe, model: Any) -> None:
+    """What is done to a new adapter before its first step, and again before a checkpoint's is loaded over it."""
+    for parameter in model.parameters():
+        # TRL and PEFT make some adapters bfloat16, where small updates of AdamW round to nothing.
+        if parameter.requires_grad and recipe.peft.method != "full":
+            parameter.data = parameter.data.float()
+    if recipe.lora.init_lora_weights == "loftq":
+        from peft import replace_lora_weights_loftq
+
+        replace_lora_weights_loftq(model, model_path=str(box("/model") / "model.safetensors"))
+    if recipe.lora.init_lora_weights == "pissa":
+        _keep_start(model)
+
+
+def _start_folder() -> Path:
+    return Path(tempfile.gettempdir()) / "pissa-start"
+
+
+def _keep_start(model: Any) -> None:
+    """PiSSA moves part of the base into the adapter: what it began with turns the result into a plain LoRA."""
+    shutil.rmtree(_start_folder(), ignore_errors=True)
+    model.save_pretrained(str(_start_folder()))
+
+
+def tell_parameters(model: Any) -> int:
+    """Say and return how many parameters are trained."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = model.num_parameters()
+    emit("note", text=f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    return int(trainable)
+
+
+def save_final(recipe: AdapterRecipe, model: Any, tokenizer: Any, source: ModelSource) -> None:
+    """Write `output/final`, aside and renamed: adapter or model, with the tokenizer; plain libraries load it."""
+    final = box(BOX_OUTPUT) / "final"
+    staged = final.with_name(".final.tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    converts = recipe.lora.init_lora_weights == "pissa"
+    more = {"path_initial_model_for_weight_conversion": str(_start_folder())} if converts else {}
+    model.save_pretrained(str(staged), **more)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(str(staged))
+    tokenizer.save_pretrained(str(staged))
+    adapter = staged / "adapter_config.json"
+    if adapter.exists():
+        config = json.loads(adapter.read_text())
+        config |= {"base_model_name_or_path": source.reference, "revision": source.revision}
+        adapter.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (staged / "README.md").unlink(missing_ok=True)
+    share(staged)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(staged, final)  # noqa: PTH104
+    emit("stage", text="saved final")

@@ -1,0 +1,181 @@
+"""What every task does in the same order: load, prepare, train, save, evaluate."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from trainbox.container import base_model
+from trainbox.container import trainer as shared
+from trainbox.container.prepare import Encoder, prepared
+from trainbox.container.report import emit
+from trainbox.errors import ConfigError
+from trainbox.spec.checkpoint import newest_complete
+from trainbox.spec.recipe import Training
+from trainbox.spec.rows import Row
+from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, RunSpec, box
+
+Outcome = dict[str, Any]
+"""What result.json keeps of a training: metrics, what became of the rows, and what a task adds."""
+
+
+Settings = dict[str, Any]
+"""How to predict: max_new_tokens ..."""
+
+
+class Task:
+    """One kind of training; a subclass names what is its own."""
+
+    auto_class: ClassVar[Any]
+    """transformers' class of the model."""
+    adapter_type: ClassVar[str]
+    """PEFT's name of the task."""
+    trainer_class: ClassVar[Any]
+    """A Trainer, with BoxTrainer mixed in."""
+    config_class: ClassVar[Any]
+    """Its TrainingArguments."""
+    encoder_class: ClassVar[type[Encoder]]
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec = spec
+        self.recipe: Any = spec.recipe
+        self.tokenizer: Any = None
+
+    def train(self, interrupt: shared.Interrupt, resume: Path | None) -> Outcome:
+        """Train, in smaller batches of the same sum where memory runs out and the recipe allows it."""
+        outcome: Outcome = {}
+        if self.recipe.training.auto_batch_size and resume:
+            self._set_batch_size(_batch_size_of(resume))
+        while True:
+            try:
+                return self._train(interrupt, resume) | outcome
+            except Exception as error:
+                if not self._may_halve(error):
+                    raise
+            self._halve()
+            outcome["batch_size"] = {key: getattr(self.recipe.training, key) for key in BATCH}
+            resume = newest_complete(box(BOX_OUTPUT))[0] or resume
+
+    def _train(self, interrupt: shared.Interrupt, resume: Path | None) -> Outcome:
+        """Load, train, save `output/final`, evaluate."""
+        training: Training = self.recipe.training
+        shared.seed_everything(training)
+        self.tokenizer = self.load_tokenizer(box(BOX_MODEL))
+        data, stats = prepared(self.spec, self.encoder_class(self.spec, self.tokenizer))
+        model = self.load_model(box(BOX_MODEL))
+        self.before(model, data, resume)
+        shared.seed_everything(training)
+        trainer = self.build_trainer(model, data, interrupt)
+        base_model.begin_adapter(self.recipe, trainer.model)
+        trainable = base_model.tell_parameters(trainer.model)
+        metrics = shared.run(trainer, interrupt, resume)
+        base_model.save_final(self.recipe, trainer.model, self.tokenizer, self.spec.model)
+        if "test" in data:
+            metrics |= shared.evaluate(trainer, data["test"], "test")
+        metrics |= {"steps": trainer.state.global_step, "trainable_parameters": trainable}
+        return {"metrics": metrics, "prepared": stats, **self.after(trainer, data)}
+
+    # What a task says of itself
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        """The tokenizer beside a model."""
+        raise NotImplementedError
+
+    def load_model(self, folder: Path) -> Any:
+        """The base model, to be trained."""
+        return base_model.load_for_training(self.recipe, folder, self.auto_class, **self.model_config())
+
+    def model_config(self) -> dict[str, Any]:
+        """Settings that the task lays over the model's own."""
+        return {}
+
+    def config(self) -> dict[str, Any]:
+        """Arguments of `config_class`, besides the shared ones."""
+        return {}
+
+    def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `trainer_class`, besides the shared ones, with the model that is trained."""
+        return {"model": base_model.adapt(self.recipe, model, self.adapter_type)}
+
+    def before(self, model: Any, data: dict[str, Any], resume: Path | None) -> None:
+        """What is looked at before training."""
+
+    def after(self, trainer: Any, data: dict[str, Any]) -> Outcome:
+        """What is looked at after training; what it returns is kept in the record."""
+        return {}
+
+    # Using what was trained
+
+    column: ClassVar[str] = "text"
+    """What a row to be predicted must have; a prompt typed by a person becomes a row of it alone."""
+
+    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
+        """What the model, ready for use, says of a batch of rows: for each a mapping that can be written as JSON."""
+        raise NotImplementedError
+
+    def show(self, row: Row, said: Row) -> str:
+        """One prediction for a person to read."""
+        raise NotImplementedError
+
+    # The trainer
+
+    def build_trainer(self, model: Any, data: dict[str, Any], interrupt: shared.Interrupt) -> Any:
+        """The trainer over tokenised data."""
+        training: Training = self.recipe.training
+        validation = data.get("validation")
+        try:
+            config = self.config_class(
+                **shared.arguments(training, has_validation=validation is not None) | self.config()
+            )
+        except ValueError as error:  # settings that exclude each other, in the Trainer's own words
+            raise ConfigError(str(error).splitlines()[0], place="training") from error
+        with base_model.adapter_faults(self.recipe, model):
+            trainer = self.trainer_class(
+                args=config,
+                train_dataset=data.get("train"),
+                eval_dataset=validation,
+                processing_class=self.tokenizer,
+                callbacks=shared.callbacks(training, interrupt),
+                **self.trainer_arguments(model, data),
+            )
+        trainer.loraplus_lr_ratio = self.recipe.lora.loraplus_lr_ratio
+        return trainer
+
+    # Too little memory
+
+    def _may_halve(self, error: Exception) -> bool:
+        training = self.recipe.training
+        return training.auto_batch_size and training.per_device_train_batch_size > 1 and shared.out_of_memory(error)
+
+    def _halve(self) -> None:
+        """Half the batch size (for an odd one, the next that divides it), and accumulation to match."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        was = self.recipe.training.per_device_train_batch_size
+        self._set_batch_size(next(size for size in range(was // 2, 0, -1) if was % size == 0))
+        now = self.recipe.training
+        emit(
+            "warn",
+            text=f"out of memory with batch size {was}: going on with {now.per_device_train_batch_size} x "
+            f"{now.gradient_accumulation_steps} accumulated, the same effective batch",
+        )
+
+    def _set_batch_size(self, size: int) -> None:
+        training: Training = self.recipe.training
+        effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        evaluated = training.per_device_eval_batch_size
+        values = (size, effective // size, min(evaluated, size) if evaluated else None)
+        smaller = training.model_copy(update=dict(zip(BATCH, values, strict=True)))
+        self.recipe = self.recipe.model_copy(update={"training": smaller})
+
+
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
+
+
+def _batch_size_of(checkpoint: Path) -> int:
+    """The batch size that a run had come to."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text())["train_batch_size"])

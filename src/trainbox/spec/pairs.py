@@ -1,0 +1,6 @@
+"""Stub."""
+from trainbox.spec.reading import Reader
+
+
+class PairReader(Reader):
+    pass

@@ -1,0 +1,10 @@
+"""Stub."""
+from trainbox.spec.reading import Reader
+
+
+class PreferenceReader(Reader):
+    pass
+
+
+class PromptReader(Reader):
+    pass
