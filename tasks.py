@@ -166,7 +166,7 @@ def lint(c):
     _python("-m", "mypy")
 
 
-@verb(help={"only": "unit, image or gpu; default: all"})
+@verb(help={"only": "unit or image; default: both"})
 def test(c, only=""):
     """Lint, types and every test, those in containers included."""
     if not only:
@@ -175,9 +175,7 @@ def test(c, only=""):
         _python("-m", "pytest", "tests/unit", "-n", "2")
     if only in ("", "image"):
         engine(c)
-        _python("-m", "pytest", "tests/image", "-n", "2", "--dist", "loadfile", "--durations=10")
-    if only in ("", "gpu"):
-        _python("-m", "pytest", "tests/gpu")
+        _python("-m", "pytest", "tests/image", "tests/gpu", "-n", "2", "--dist", "loadfile", "--durations=10")
 
 
 @verb()

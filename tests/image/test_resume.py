@@ -36,6 +36,7 @@ UNEVEN = (
     "training.max_steps=24 training.logging_steps=5 training.eval_steps=3 training.save_steps=4 limits.cpus=1 "
     "training.gradient_accumulation_steps=3 training.gradient_checkpointing=true lora.dropout=0.2"
 )
+PISSA = f"{PLAIN} lora.init_lora_weights=pissa lora.loraplus_lr_ratio=16"
 # Nothing improves, so that the second evaluation, at step 8, is the last.
 STOPPED_EARLY = f"{PLAIN} training.early_stopping_patience=1 training.learning_rate=1e-12"
 BY_EPOCH = f"{PLAIN} training.save_strategy=epoch training.max_steps=-1 training.num_train_epochs=2"
@@ -72,8 +73,13 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "settings", "kills"),
-    [*[(recipe, PLAIN, 1) for recipe in RECIPES], ("llm-lora", PACKED, 2), ("llm-qlora", UNEVEN, 1)],
-    ids=[*RECIPES, "packed, killed twice", "uneven, with gradient checkpointing"],
+    [
+        *[(recipe, PLAIN, 1) for recipe in RECIPES],
+        ("llm-lora", PACKED, 2),
+        ("llm-qlora", UNEVEN, 1),
+        ("llm-lora", PISSA, 1),
+    ],
+    ids=[*RECIPES, "packed, killed twice", "uneven, with gradient checkpointing", "PiSSA and LoRA+"],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
     recipe: str, settings: str, kills: int, straight: Callable[..., Path], moment: random.Random, tmp_path: Path

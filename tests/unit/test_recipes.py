@@ -48,7 +48,8 @@ def test_held_out_prompts_are_in_no_row_of_the_sample(name):
     folder = pipeline.recipe_folder(name)
     rows = "".join(path.read_text().lower() for path in (folder / "sample").glob("*.jsonl"))
     for profile in profiles(name):
-        for prompt in load_recipe(folder, Choices(name, profile)).sample.prompts:
+        sample = getattr(load_recipe(folder, Choices(name, profile)), "sample", None)
+        for prompt in sample.prompts if sample else []:
             assert profile == "tiny" or json.dumps(prompt.lower())[1:-1] not in rows
 
 

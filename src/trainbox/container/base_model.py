@@ -20,7 +20,7 @@ from trainbox.container.trainer import precision
 from trainbox.errors import ConfigError
 from trainbox.spec.checkpoint import share
 from trainbox.spec.recipe import AdapterRecipe
-from trainbox.spec.run import BOX_OUTPUT, ModelSource, box
+from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, ModelSource, box
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -31,6 +31,8 @@ def load_for_training(recipe: AdapterRecipe, folder: Path, auto_class: Any, **mo
 
     Raises ConfigError where the folder holds none of this class.
     """
+    if recipe.lora.init_lora_weights == "loftq" and not torch.cuda.is_available():
+        raise ConfigError("loftq is computed on a GPU alone", place="lora.init_lora_weights", remedy="use default")
     emit("stage", text=f"loading {recipe.model.name}")
     compute = PRECISIONS[precision(recipe.training)]
     # All weights train in float32, under mixed precision: an update of a bfloat16 weight mostly rounds to nothing.
@@ -177,6 +179,11 @@ def adapt(recipe: AdapterRecipe, model: Any, task_type: str) -> Any:
 @contextmanager
 def adapter_faults(recipe: AdapterRecipe, model: Any) -> Iterator[None]:
     """What PEFT says of an adapter that does not fit the model, as the person's error."""
+    names = {part for name, _ in model.named_modules() for part in name.split(".")}
+    if recipe.peft.method != "full" and (absent := set(recipe.lora.modules_to_save or ()) - names):
+        own = ", ".join(sorted({name for name, _ in model.named_children()}))
+        fault = f"{recipe.model.name} has no module {', '.join(sorted(absent))}"
+        raise ConfigError(fault, place="lora.modules_to_save", remedy=f"its outermost modules: {own}")
     try:
         yield
     except ValueError as error:
@@ -197,7 +204,7 @@ def begin_adapter(recipe: AdapterRecipe, model: Any) -> None:
     if recipe.lora.init_lora_weights == "loftq":
         from peft import replace_lora_weights_loftq
 
-        replace_lora_weights_loftq(model, model_path=str(box("/model") / "model.safetensors"))
+        replace_lora_weights_loftq(model, model_path=str(box(BOX_MODEL)))
     if recipe.lora.init_lora_weights == "pissa":
         _keep_start(model)
 

@@ -92,6 +92,15 @@ class Lora(Section):
     loraplus_lr_ratio: PositiveFloat | None = None
     """LoRA+ (https://arxiv.org/abs/2402.12354): matrix B learns this many times faster than A; 16 is usual."""
 
+    @field_validator("target_modules")
+    @classmethod
+    def _is_expression(cls, value: str | list[str]) -> str | list[str]:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"is neither a list, `all-linear` nor a regular expression: {error}") from None
+        return value
+
 
 ENCODER_TARGETS = [
     "query", "key", "value", "dense", "query_proj", "key_proj", "value_proj", "q_lin", "k_lin", "v_lin", "out_lin",
@@ -462,6 +471,10 @@ class AdapterRecipe(Recipe):
         needed = {"pissa": "lora", "loftq": "qlora"}.get(self.lora.init_lora_weights)
         if needed and self.peft.method != needed:
             raise ValueError(f"lora.init_lora_weights {self.lora.init_lora_weights} needs peft.method {needed}")
+        if self.peft.method == "prefix-tuning" and self.training.gradient_checkpointing:
+            raise ValueError("peft.method prefix-tuning needs training.gradient_checkpointing=false")
+        if self.peft.method == "prefix-tuning" and getattr(self.data, "packing", False):
+            raise ValueError("peft.method prefix-tuning needs data.packing=false: a prefix stands before each row")
         return self
 
 
