@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PACKED, PLAIN, RECIPES, ROOT, SECRETS, Command, assert_same_run, run, training
+from commands import PACKED, PLAIN, RECIPES, SECRETS, Command, assert_same_run, metrics, run, training
 
 from trainbox.host import data, paths, pipeline
 from trainbox.host.engine import Docker
@@ -173,7 +173,8 @@ for recipe in sys.argv[1:]:
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     if tokenizer.chat_template:
         question = [{"role": "user", "content": "What is Trainbox?"}]
-        inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        chat = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = tokenizer.apply_chat_template(question, **chat)
     else:
         inputs = tokenizer("What is Trainbox?", return_tensors="pt")
     def logits(model):
@@ -426,3 +427,40 @@ def test_an_evaluation_leaves_the_gradients_of_a_4_bit_model_as_they_were(
 
 def test_packed_rows_do_not_attend_to_each_other(engine: Docker, straight: Callable[..., Path], tmp_path: Path) -> None:
     inside(engine, straight("llm-lora", PACKED), tmp_path / "out", LOADED + ATTENTION)
+
+
+BIG = (
+    "training.auto_batch_size=true training.per_device_train_batch_size=16 training.gradient_accumulation_steps=1 "
+    "training.max_steps=4 training.logging_steps=1 data.packing=true data.max_length=512 limits.cpus=1"
+)
+
+LITTLE_MEMORY = """
+import json, re, resource
+from pathlib import Path
+from trainbox.container.sft import *
+from trainbox.spec.run import RunSpec
+
+class Limited(Sft):
+    def before(self, model, data, resume):
+        super().before(model, data, resume)
+        used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20, -1))
+
+outcome = Limited(RunSpec.read(Path("/output/spec.json"))).train(shared.Interrupt(), None)
+print(json.dumps(outcome["batch_size"]))
+"""
+
+
+def test_too_little_memory_leads_to_smaller_batches_and_the_same_losses(
+    engine: Docker, straight: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference, output = straight("llm-full", BIG), tmp_path / "out"
+    told = inside(engine, reference, output, LITTLE_MEMORY)
+    assert "out of memory with batch size 16: going on with 8 x 2 accumulated, the same effective batch" in told
+    came_to = json.loads(told.splitlines()[-1])
+    size = came_to["per_device_train_batch_size"]
+    assert size < 16
+    assert size * came_to["gradient_accumulation_steps"] == 16
+    assert json.loads((output / "checkpoint-4/trainer_state.json").read_text())["train_batch_size"] == size
+    losses, wanted = ([line["loss"] for line in metrics(run) if "loss" in line] for run in (output, reference))
+    assert losses == pytest.approx(wanted, rel=1e-4)

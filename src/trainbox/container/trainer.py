@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -61,6 +62,14 @@ class BoxTrainer:
                 self.model, kind, loraplus_lr_ratio=self.loraplus_lr_ratio, **settings
             )
         return super().create_optimizer(model)  # type: ignore[misc]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's schedule; a warm-up of more than half the run becomes a tenth of it."""
+        if self.args.warmup_steps * 2 > num_training_steps:
+            was, self.args.warmup_steps = int(self.args.warmup_steps), math.ceil(num_training_steps / 10)
+            text = f"training.warmup_steps {was} is more than half of {num_training_steps} steps: a tenth, "
+            emit("warn", text=f"{text}{self.args.warmup_steps}, is used")
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         output = str(self.args.output_dir)
@@ -323,6 +332,8 @@ def run(trainer: Any, interrupt: Interrupt, resume: Path | None) -> dict[str, fl
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     metrics = {key: value for key, value in output.metrics.items() if isinstance(value, int | float)}
     metrics |= {key: value for key, value in last_eval.items() if key.startswith("eval_")}
+    if state.best_metric is not None:
+        metrics[f"best_eval_{trainer.args.metric_for_best_model.removeprefix('eval_')}"] = state.best_metric
     if losses:
         metrics |= {"first_loss": losses[0], "last_loss": losses[-1]}
     return metrics

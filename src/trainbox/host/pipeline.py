@@ -23,7 +23,7 @@ from trainbox.host.secrets import secret
 from trainbox.host.watch import Watcher
 from trainbox.spec import checkpoint, record
 from trainbox.spec.load import Choices, load_recipe, nearest
-from trainbox.spec.recipe import Recipe, check_validation
+from trainbox.spec.recipe import RECIPES, Recipe, check_validation
 from trainbox.spec.run import BOX_CACHE, BOX_MODEL, BOX_OUTPUT, BOX_SPEC, ModelSource, RunSpec, freed
 
 DEMO = Choices(recipe="llm-qlora", profile="demo")
@@ -232,6 +232,9 @@ def _summary(output: Path) -> None:
     ui.say("")
     ui.say(f"model    {output / 'final'}")
     ui.say(f"loss     {metrics.get('first_loss', 0):.3f} -> {metrics.get('last_loss', 0):.3f}" + _eval(metrics))
+    for split in ("eval", "test"):
+        if scores := _scores(found["recipe"]["task"], metrics, f"{split}_"):
+            ui.say(f"{split}     {scores}")
     ui.say(f"trained  {metrics.get('steps', 0)} steps in {metrics.get('train_runtime', 0):.0f} s")
     ui.say(f"record   {output / record.RECORD}")
     ui.say(f'ask it   make infer CHECKPOINT={output / "final"} PROMPT="..."')
@@ -239,6 +242,11 @@ def _summary(output: Path) -> None:
 
 def _eval(metrics: dict[str, Any]) -> str:
     return f", eval_loss {metrics['eval_loss']:.3f}" if "eval_loss" in metrics else ""
+
+
+def _scores(task: str, metrics: dict[str, Any], prefix: str) -> str:
+    names = [name for name in RECIPES[task].METRICS if name != "loss" and prefix + name in metrics]
+    return ", ".join(f"{name} {metrics[prefix + name]:.3f}" for name in names)
 
 
 def _output_argument(output: Path) -> str:

@@ -45,18 +45,27 @@ def to_text(event: Event) -> str:
 
 
 def metrics_text(metrics: dict[str, Any]) -> str:
-    """`loss 1.234  eval_loss 1.1`: the figures worth a look."""
-    return "  ".join(f"{shown} {_figure(metrics[key])}" for key, shown in SHOWN.items() if key in metrics)
+    """`loss 1.234  eval_loss 1.1`: the figures worth a look, those of an evaluation all."""
+    shown = {SHOWN.get(key, key): value for key, value in metrics.items() if key in SHOWN or _is_score(key)}
+    return "  ".join(f"{name} {_figure(value)}" for name, value in shown.items())
 
 
 SHOWN = {
     "loss": "loss",
-    "eval_loss": "eval_loss",
+    "reward": "reward",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "margin",
     "learning_rate": "lr",
     "epoch": "epoch",
     "tokens_per_second": "tokens/s",
 }
 """The rest is in metrics.jsonl: a line has to fit a terminal."""
+
+
+def _is_score(key: str) -> bool:
+    """A measure of the model in an evaluation, not of the machine."""
+    aside = ("runtime", "per_second", "logits", "logps", "num_tokens", "entropy", "completions/", "clip_ratio", "time")
+    return key.startswith(("eval_", "test_")) and not any(word in key for word in aside)
 
 
 def _figure(value: Any) -> str:

@@ -1,4 +1,5 @@
 """Stub."""
+
 from trainbox.spec.reading import Reader
 
 
