@@ -14,8 +14,10 @@ from trainbox.spec.checkpoint import share
 SIZES = {
     64: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size"),
     128: ("intermediate_size", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
-    2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
-        "num_key_value_heads"),
+    2: (
+        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
+        "decoder_layers", "num_key_value_heads",
+    ),
     4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
     16: ("head_dim", "d_kv"),
     2048: ("max_position_embeddings",),

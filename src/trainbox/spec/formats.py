@@ -6,16 +6,15 @@ Formats: alpaca, prompt-completion, chat (OpenAI), sharegpt, text.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from trainbox.errors import DataError
 from trainbox.spec.load import nearest
-from trainbox.spec.reading import Example, Reader
+from trainbox.spec.reading import Example, Reader, optional_text, parsed, text_of
 from trainbox.spec.recipe import ChatData, MaskedLmRecipe, SftRecipe
-from trainbox.spec.rows import Row, parse_json
+from trainbox.spec.rows import Row
 
 Message = dict[str, Any]
 
@@ -92,42 +91,43 @@ def to_example(row: Row, name: str, columns: dict[str, str], place: str) -> Exam
 
 
 def _alpaca(row: Row, place: str) -> Example:
-    question = _text(row, "instruction", place)
-    if more := _optional(row, "input", place):
+    question = text_of(row, "instruction", place)
+    if more := optional_text(row, "input", place):
         question = f"{question}\n\n{more}"
     messages = _system(row, place)
-    history = _parsed(row.get("history")) or []
+    history = parsed(row.get("history")) or []
     if not (isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)):
         raise DataError("history must be a list of [question, answer]", place=place)
     for turn in history:
-        asked, answered = (_text({"history": said}, "history", place) for said in turn)
+        asked, answered = (text_of({"history": said}, "history", place) for said in turn)
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     messages.append({"role": "user", "content": question})
     return {"messages": [*messages, {"role": "assistant", "content": _answer(row, "output", place)}]}
 
 
 def _prompt_completion(row: Row, place: str) -> Example:
-    prompt, completion = _parsed(row.get("prompt")), _parsed(row.get("completion"))
-    if _is_chat(prompt) and _is_chat(completion):
+    prompt, completion = parsed(row.get("prompt")), parsed(row.get("completion"))
+    if is_chat(prompt) and is_chat(completion):
         return _chat({**row, "messages": [*prompt, *completion]}, place)
     answer = {"role": "assistant", "content": _answer(row, "completion", place)}
-    return {"messages": [{"role": "user", "content": _text(row, "prompt", place)}, answer]}
+    return {"messages": [{"role": "user", "content": text_of(row, "prompt", place)}, answer]}
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
     """Messages, not just any list: a prompt may well be a JSON text."""
     return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
 
 
 def _chat(row: Row, place: str) -> Example:
-    raw = _parsed(row.get("messages"))
+    raw = parsed(row.get("messages"))
     if not isinstance(raw, list) or not raw:
         raise DataError("messages must be a list of {role, content}", place=place)
-    messages = [_message(message, index, place) for index, message in enumerate(raw)]
+    messages = [message_of(message, index, place) for index, message in enumerate(raw)]
     return _with_tools(_checked(messages, place), row, place)
 
 
-def _message(message: Any, index: int, place: str) -> Message:
+def message_of(message: Any, index: int, place: str) -> Message:
+    """A message with a known role, its tool calls in one shape. Raises DataError for one that is none."""
     at = f"{place}: messages[{index}]"
     if not isinstance(message, dict):
         raise DataError("is not {role, content}", place=at)
@@ -155,13 +155,13 @@ def _tool_calls(calls: Any, place: str) -> list[Any]:
         function = wrapped["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise fault
-        arguments = _parsed(function.get("arguments") or {})
+        arguments = parsed(function.get("arguments") or {})
         made.append({"type": "function", **wrapped, "function": {**function, "arguments": arguments}})
     return made
 
 
 def _sharegpt(row: Row, place: str) -> Example:
-    turns = _parsed(row.get("conversations"))
+    turns = parsed(row.get("conversations"))
     if not isinstance(turns, list) or not turns:
         raise DataError("conversations must be a list of {from, value}", place=place)
     messages = _system(row, place)
@@ -177,17 +177,17 @@ def _sharegpt_turn(turn: Any, place: str) -> Message:
         hint = nearest(str(speaker), SHAREGPT_ROLES)
         known = f"roles: {', '.join(SHAREGPT_ROLES)}"
         raise DataError(f"from {speaker!r} is not known", place=place, remedy=f"{hint}\n{known}".strip())
-    value = _text(turn, "value", place, empty=True)
+    value = text_of(turn, "value", place, empty=True)
     if speaker != "function_call":
         return {"role": role, "content": value}
-    call = _parsed(value)
+    call = parsed(value)
     if not isinstance(call, dict) or "name" not in call:
         raise DataError('a function_call must be JSON: {"name": ..., "arguments": ...}', place=place)
     return {"role": role, "content": "", "tool_calls": _tool_calls([{"function": call}], place)}
 
 
 def _plain_text(row: Row, place: str) -> Example:
-    return {"text": _text(row, "text", place)}
+    return {"text": text_of(row, "text", place)}
 
 
 def _checked(messages: list[Message], place: str) -> Example:
@@ -204,52 +204,28 @@ def _is_blank(content: str | list[Any]) -> bool:
 
 
 def _with_tools(example: Example, row: Row, place: str) -> Example:
-    tools = _parsed(row.get("tools"))
-    if not tools:
-        return example
+    tools = tools_of(row, place)
+    return {**example, "tools": tools} if tools else example
+
+
+def tools_of(row: Row, place: str) -> list[Any]:
+    """The JSON schemas of the tools that a row offers."""
+    tools = parsed(row.get("tools")) or []
     if not isinstance(tools, list):
         raise DataError("tools must be a list of JSON schemas", place=place)
-    return {**example, "tools": tools}
-
-
-def _text(row: Row, column: str, place: str, *, empty: bool = False) -> str:
-    value = row.get(column)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = "" if math.isnan(value) else str(value)
-    if not isinstance(value, str):
-        fault = "is absent" if column not in row else f"must be text, not {type(value).__name__}"
-        raise DataError(f"column {column!r} {fault}", place=place)
-    if not value.strip() and not empty:
-        raise DataError(f"column {column!r} is empty", place=place, remedy="fill it or remove the row")
-    return value
-
-
-def _optional(row: Row, column: str, place: str) -> str:
-    """A column that may be absent, null or blank."""
-    value = "" if row.get(column) is None else _text(row, column, place, empty=True)
-    return value if value.strip() else ""
+    return tools
 
 
 def _system(row: Row, place: str) -> list[Message]:
-    system = _optional(row, "system", place)
+    system = optional_text(row, "system", place)
     return [{"role": "system", "content": system}] if system else []
 
 
 def _answer(row: Row, column: str, place: str) -> str:
-    value = _text(row, column, place, empty=True)
+    value = text_of(row, column, place, empty=True)
     if not value.strip():
         fault = f"the answer (column {column!r}) is empty"
         raise DataError(fault, place=place, remedy="remove the row or give it an answer")
-    return value
-
-
-def _parsed(value: Any) -> Any:
-    """Lists and objects often travel as JSON text inside a CSV or Parquet column."""
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        try:
-            return parse_json(value)
-        except ValueError:
-            return value
     return value
 
 

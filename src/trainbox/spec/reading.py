@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from trainbox.errors import DataError
+from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Recipe
-from trainbox.spec.rows import Row, read_rows
+from trainbox.spec.rows import Row, parse_json, read_rows
 
 Example = dict[str, Any]
 R = TypeVar("R", bound=Recipe)
@@ -53,3 +56,48 @@ class Reader(Generic[R]):
     def finish(self) -> Found:
         """What the rows have in common, once all were seen. Raises DataError where they cannot be learned together."""
         return Found()
+
+
+# What readers ask of a row
+
+
+def text_of(row: Row, column: str, place: str, *, empty: bool = False) -> str:
+    """A column's text; a number is one. Raises DataError where there is none, or, unless `empty`, a blank one."""
+    value = row.get(column)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = "" if math.isnan(value) else str(value)
+    if not isinstance(value, str):
+        fault = "is absent" if column not in row else f"must be text, not {type(value).__name__}"
+        raise DataError(f"column {column!r} {fault}", place=place)
+    if not value.strip() and not empty:
+        raise DataError(f"column {column!r} is empty", place=place, remedy="fill it or remove the row")
+    return value
+
+
+def optional_text(row: Row, column: str, place: str) -> str:
+    """A column that may be absent, null or blank."""
+    value = "" if row.get(column) is None else text_of(row, column, place, empty=True)
+    return value if value.strip() else ""
+
+
+def parsed(value: Any) -> Any:
+    """Lists and objects often travel as JSON text inside a CSV or Parquet column."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            return parse_json(value)
+        except ValueError:
+            return value
+    return value
+
+
+def find_column(row: Row, ours: str, usual: Sequence[str], named: dict[str, str], place: str) -> str:
+    """The row's column for `ours`: the one that `named` gives, else a usual one. Raises DataError where there is none."""
+    candidates = [named[ours]] if ours in named else list(usual)
+    found = next((column for column in candidates if column in row), None)
+    if found is None:
+        wanted = candidates[0]
+        naming = f"name yours: SET=\"data.columns='{{{ours}: YOUR_COLUMN}}'\""
+        hint = nearest(wanted, row)
+        remedy = f"{hint}\ncolumns here: {', '.join(row) or '(none)'}\n{naming}".strip()
+        raise DataError(f"has no column {wanted!r}", place=place, remedy=remedy)
+    return found

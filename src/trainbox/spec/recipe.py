@@ -247,7 +247,7 @@ class Training(Section):
     warmup_ratio: Fraction = 0.03
     """Share of the steps over which the learning rate rises."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which it rises; above 0 it overrides warmup_ratio. More than half of a run's become a tenth of them."""
+    """Steps over which it rises; above 0 it overrides warmup_ratio. More than half of a run become a tenth of it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     adam_beta1: Fraction = 0.9

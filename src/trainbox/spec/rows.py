@@ -161,6 +161,29 @@ def _read_text(path: Path) -> Iterator[Placed]:
         yield path.name, {"text": text}
 
 
+def read_conll(path: Path) -> Iterator[Placed]:
+    """A sentence a row: a word a line, its tag in the last column, a blank line between sentences."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    begin = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            place = f"{path.name}:{number}"
+            columns = _decode(raw.removeprefix(BOM) if number == 1 else raw, place).split()
+            about = columns and (columns[0] == "-DOCSTART-" or (columns[0] == "#" and "=" in columns))
+            if columns and not about:
+                if len(columns) < 2:
+                    raise DataError(f"has the word {columns[0]!r} but no tag", place=place, remedy="write: word TAG")
+                begin = begin or number
+                tokens.append(columns[0])
+                tags.append(columns[-1])
+            elif not columns and tokens:
+                yield f"{path.name}:{begin}", {"tokens": tokens, "tags": tags}
+                tokens, tags, begin = [], [], 0
+    if tokens:
+        yield f"{path.name}:{begin}", {"tokens": tokens, "tags": tags}
+
+
 READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
@@ -169,5 +192,6 @@ READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     ".parquet": _read_parquet,
     ".txt": _read_text,
     ".md": _read_text,
+    **dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), read_conll),
 }
 """By ending."""
