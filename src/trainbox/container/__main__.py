@@ -128,7 +128,23 @@ def _sft() -> type[Task]:
     return Sft
 
 
-TASKS: dict[str, Callable[[], type[Task]]] = {"sft": _sft}
+def _text_classification() -> type[Task]:
+    from trainbox.container.classify import TextClassification
+
+    return TextClassification
+
+
+def _token_classification() -> type[Task]:
+    from trainbox.container.classify import TokenClassification
+
+    return TokenClassification
+
+
+TASKS: dict[str, Callable[[], type[Task]]] = {
+    "sft": _sft,
+    "text-classification": _text_classification,
+    "token-classification": _token_classification,
+}
 """A new training method adds its class."""
 
 

@@ -20,7 +20,7 @@ from trainbox.container.trainer import precision
 from trainbox.errors import ConfigError
 from trainbox.spec.checkpoint import share
 from trainbox.spec.recipe import AdapterRecipe
-from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, ModelSource, box
+from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, RunSpec, box, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,7 +37,11 @@ def load_for_training(recipe: AdapterRecipe, folder: Path, auto_class: Any, **mo
     compute = PRECISIONS[precision(recipe.training)]
     # All weights train in float32, under mixed precision: an update of a bfloat16 weight mostly rounds to nothing.
     weights = torch.float32 if recipe.peft.method == "full" else compute
-    model = _load(recipe, folder, auto_class, weights, _quantization(recipe, compute), **more)
+    quantization = _quantization(recipe, compute, auto_class)
+    model, info = _load(recipe, folder, auto_class, weights, quantization, output_loading_info=True, **more)
+    # Modules that the folder has no weights for, such as the head of a new task, are trained in full.
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    model.new_modules = sorted({_module_of(key, model) for key in new})
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     _keep_trainable(model)
@@ -47,7 +51,7 @@ def load_for_training(recipe: AdapterRecipe, folder: Path, auto_class: Any, **mo
 def load_for_use(recipe: AdapterRecipe, folder: Path, auto_class: Any, **more: Any) -> Any:
     """A model as its run held it in memory, so that what could train can answer."""
     compute = PRECISIONS[precision(recipe.training)]
-    return _load(recipe, folder, auto_class, compute, _quantization(recipe, compute), **more)
+    return _load(recipe, folder, auto_class, compute, _quantization(recipe, compute, auto_class), **more)
 
 
 def load_for_merge(recipe: AdapterRecipe, folder: Path, auto_class: Any, **more: Any) -> Any:
@@ -92,7 +96,17 @@ def _words(name: str) -> str:
     return "".join(f" {char.lower()}" if char.isupper() else char for char in name).strip()
 
 
-def _quantization(recipe: AdapterRecipe, compute: torch.dtype) -> BitsAndBytesConfig | None:
+def _module_of(key: str, model: Any) -> str:
+    """The module that a weight belongs to: the outermost one, or the innermost where that is the base itself."""
+    module, *_ = key.split(".")
+    return key.rpartition(".")[0] if module == model.base_model_prefix else module
+
+
+HEADS = ["classifier", "pre_classifier", "score", "pooler", "cls", "lm_head", "vocab_projector", "predictions"]
+"""Modules that stay as they are in a 4-bit base: they are trained in full."""
+
+
+def _quantization(recipe: AdapterRecipe, compute: torch.dtype, auto_class: Any) -> BitsAndBytesConfig | None:
     if recipe.peft.method != "qlora":
         return None
     return BitsAndBytesConfig(
@@ -100,6 +114,8 @@ def _quantization(recipe: AdapterRecipe, compute: torch.dtype) -> BitsAndBytesCo
         bnb_4bit_quant_type=recipe.quantization.quant_type,
         bnb_4bit_use_double_quant=recipe.quantization.double_quant,
         bnb_4bit_compute_dtype=DTYPES.get(recipe.quantization.compute_dtype, compute),
+        # Without a list, transformers leaves out the output of a language model alone.
+        llm_int8_skip_modules=None if "CausalLM" in auto_class.__name__ else [rf"(?:.*\.)?{name}" for name in HEADS],
     )
 
 
@@ -117,44 +133,55 @@ def _keep_trainable(model: Any) -> None:
 # Adapters
 
 
-def adapter_config(recipe: AdapterRecipe, task_type: str) -> Any:
+def adapter_config(recipe: AdapterRecipe, model: Any, task_type: str | None) -> Any:
     """PEFT's configuration of the recipe's adapter; None where all weights are trained."""
-    return ADAPTERS[recipe.peft.method](recipe, task_type)
+    if recipe.peft.method == "full":
+        return None
+    saved = [*(recipe.lora.modules_to_save or ()), *model.new_modules]
+    return ADAPTERS[recipe.peft.method](recipe, model, task_type=task_type, modules_to_save=saved or None)
 
 
-def _lora(recipe: AdapterRecipe, task_type: str) -> Any:
+def _lora(recipe: AdapterRecipe, model: Any, **common: Any) -> Any:
     from peft import LoraConfig
 
     lora = recipe.lora
     start = {"gaussian": "gaussian", "pissa": "pissa"}.get(lora.init_lora_weights, True)
     return LoraConfig(
-        task_type=task_type,
+        **common,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         bias=lora.bias,
         target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=start,
     )
 
 
-def _prefix(recipe: AdapterRecipe, task_type: str) -> Any:
+def _prefix(recipe: AdapterRecipe, model: Any, **common: Any) -> Any:
     from peft import PrefixTuningConfig
 
-    return PrefixTuningConfig(task_type=task_type, num_virtual_tokens=recipe.peft.num_virtual_tokens)
+    common.pop("modules_to_save")
+    return PrefixTuningConfig(**common, num_virtual_tokens=recipe.peft.num_virtual_tokens)
 
 
-def _ia3(recipe: AdapterRecipe, task_type: str) -> Any:
+IA3_TARGETS = ["key", "value", "k_lin", "v_lin", "key_proj", "value_proj", "k_proj", "v_proj", "output.dense", "lin2",
+               "ffn_output", "down_proj", "fc2"]  # fmt: skip
+"""Keys, values and the way out of each layer, where PEFT has no list for the architecture."""
+
+
+def _ia3(recipe: AdapterRecipe, model: Any, **common: Any) -> Any:
     from peft import IA3Config
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
 
-    return IA3Config(task_type=task_type, modules_to_save=recipe.lora.modules_to_save)
+    emit("note", text="peft.method adapter is (IA)3, the nearest that PEFT has (https://arxiv.org/abs/2205.05638)")
+    if model.config.model_type in KNOWN:
+        return IA3Config(**common)
+    return IA3Config(**common, target_modules=IA3_TARGETS, feedforward_modules=IA3_TARGETS[8:])
 
 
-ADAPTERS: dict[str, Callable[[AdapterRecipe, str], Any]] = {
-    "full": lambda recipe, task_type: None,
+ADAPTERS: dict[str, Callable[..., Any]] = {
     "lora": _lora,
     "qlora": _lora,
     "prefix-tuning": _prefix,
@@ -162,15 +189,18 @@ ADAPTERS: dict[str, Callable[[AdapterRecipe, str], Any]] = {
 }
 
 
-def adapt(recipe: AdapterRecipe, model: Any, task_type: str) -> Any:
+def adapt(recipe: AdapterRecipe, model: Any, task_type: str | None) -> Any:
     """The model with the recipe's adapter in float32, its own weights frozen; or as it is, to train all weights."""
-    config = adapter_config(recipe, task_type)
+    config = adapter_config(recipe, model, task_type)
     if config is None:
         return model
     from peft import get_peft_model
 
     with adapter_faults(recipe, model):
         adapted = get_peft_model(model, config)
+        if recipe.peft.method == "prefix-tuning":  # whether a prefix fits shows at the first pass
+            with torch.no_grad():
+                adapted(**{name: ids.to(adapted.device) for name, ids in model.dummy_inputs.items()})
     if recipe.training.gradient_checkpointing:
         adapted.enable_input_require_grads()
     return adapted
@@ -186,7 +216,11 @@ def adapter_faults(recipe: AdapterRecipe, model: Any) -> Iterator[None]:
         raise ConfigError(fault, place="lora.modules_to_save", remedy=f"its outermost modules: {own}")
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        if recipe.peft.method == "prefix-tuning":
+            fault = f"prefix-tuning does not go with {model.config.model_type}: {str(error).splitlines()[0]}"
+            remedy = "for every architecture: full, lora, qlora, adapter; this one for most decoders, BERT, RoBERTa, T5"
+            raise ConfigError(fault, place="peft.method", remedy=remedy) from error
         if "arget modules" not in str(error) and "target_modules" not in str(error):
             raise
         known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
@@ -227,7 +261,7 @@ def tell_parameters(model: Any) -> int:
     return int(trainable)
 
 
-def save_final(recipe: AdapterRecipe, model: Any, tokenizer: Any, source: ModelSource) -> None:
+def save_final(recipe: AdapterRecipe, model: Any, tokenizer: Any, spec: RunSpec) -> None:
     """Write `output/final`, aside and renamed: adapter or model, with the tokenizer; plain libraries load it."""
     final = box(BOX_OUTPUT) / "final"
     staged = final.with_name(".final.tmp")
@@ -241,8 +275,10 @@ def save_final(recipe: AdapterRecipe, model: Any, tokenizer: Any, source: ModelS
     adapter = staged / "adapter_config.json"
     if adapter.exists():
         config = json.loads(adapter.read_text())
-        config |= {"base_model_name_or_path": source.reference, "revision": source.revision}
+        config |= {"base_model_name_or_path": spec.model.reference, "revision": spec.model.revision}
         adapter.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if spec.data.labels:  # an adapter has no configuration of the head that could name them
+        write_json(staged / "labels.json", {str(number): label for number, label in enumerate(spec.data.labels)})
     (staged / "README.md").unlink(missing_ok=True)
     share(staged)
     shutil.rmtree(final, ignore_errors=True)

@@ -40,7 +40,7 @@ class CausalTask(Task):
 
     def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
         """TRL adds the adapter itself, and so knows that the base below it is the reference."""
-        return {"model": model, "peft_config": base_model.adapter_config(self.recipe, self.adapter_type)}
+        return {"model": model, "peft_config": base_model.adapter_config(self.recipe, model, self.adapter_type)}
 
     def before(self, model: Any, data: dict[str, Any], resume: Path | None) -> None:
         """Answer the held-out prompts."""

@@ -32,8 +32,8 @@ class Task:
 
     auto_class: ClassVar[Any]
     """transformers' class of the model."""
-    adapter_type: ClassVar[str]
-    """PEFT's name of the task."""
+    adapter_type: ClassVar[str | None]
+    """PEFT's name of the task; None where it has none."""
     trainer_class: ClassVar[Any]
     """A Trainer, with BoxTrainer mixed in."""
     config_class: ClassVar[Any]
@@ -73,7 +73,9 @@ class Task:
         base_model.begin_adapter(self.recipe, trainer.model)
         trainable = base_model.tell_parameters(trainer.model)
         metrics = shared.run(trainer, interrupt, resume)
-        base_model.save_final(self.recipe, trainer.model, self.tokenizer, self.spec.model)
+        base_model.save_final(self.recipe, trainer.model, self.tokenizer, self.spec)
+        if "validation" in data and training.load_best_model_at_end:  # the last evaluation was of another checkpoint
+            metrics |= shared.evaluate(trainer, data["validation"], "eval")
         if "test" in data:
             metrics |= shared.evaluate(trainer, data["test"], "test")
         metrics |= {"steps": trainer.state.global_step, "trainable_parameters": trainable}

@@ -22,6 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints, set_seed
 
 from trainbox.container.report import emit
@@ -43,6 +44,7 @@ class BoxTrainer:
     callback_handler: Any
     model: Any
     optimizer: Any
+    train_dataset: Any
     get_optimizer_cls_and_kwargs: Any
     _tr_loss: torch.Tensor
     _globalstep_last_logged: int
@@ -62,6 +64,14 @@ class BoxTrainer:
                 self.model, kind, loraplus_lr_ratio=self.loraplus_lr_ratio, **settings
             )
         return super().create_optimizer(model)  # type: ignore[misc]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's sampler; grouped by length in an order that depends on seed and epoch alone."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        lengths = self.train_dataset.with_format("numpy")["length"][:].tolist()
+        return GroupedByLength(size, lengths=lengths, seed=self.args.seed)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule; a warm-up of more than half the run becomes a tenth of it."""
@@ -170,6 +180,22 @@ class BoxTrainer:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The record and the report say more, in fewer words."""
+
+
+class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
+    """transformers' own draws from the global generator: a resumed epoch would have another order."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Each epoch has an order of its own; accelerate calls this."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self._seed + self._epoch)
+        return super().__iter__()
 
 
 def _cannot_save(error: Exception, output: Path, name: str) -> Exception:

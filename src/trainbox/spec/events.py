@@ -64,7 +64,7 @@ SHOWN = {
 
 def _is_score(key: str) -> bool:
     """A measure of the model in an evaluation, not of the machine."""
-    aside = ("runtime", "per_second", "logits", "logps", "num_tokens", "entropy", "completions/", "clip_ratio", "time")
+    aside = ("runtime", "per_second", "logits", "logps", "num_tokens", "entropy", "completions/", "clip_ratio", "time", "macro_")
     return key.startswith(("eval_", "test_")) and not any(word in key for word in aside)
 
 

