@@ -1,18 +1,18 @@
 # The menu: one line per verb, no logic. Values travel by environment, so quotes, spaces and $ survive.
-VALUES := RECIPE PROFILE MODEL DATA OUTPUT SET ENGINE GPUS DRY OVERWRITE CHECKPOINT PROMPT FORCE SECTION
+VALUES := RECIPE PROFILE MODEL DATA CONFIG FILE OUTPUT SET ENGINE GPUS DRY OVERWRITE CHECKPOINT PROMPT FORCE SECTION
 $(foreach v,$(VALUES),$(eval override export $v := $$(value $v)))
 
 VENV := .venv
 INVOKE := $(VENV)/bin/python -m invoke
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume infer merge verify explain schema build engine lock test lint bench clean
+.PHONY: help setup train resume infer merge verify import adapters explain schema build engine lock test lint bench clean
 
 help: ## print this menu
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-train: setup ## train a recipe: make train [RECIPE=llm-qlora PROFILE=tiny MODEL=.. DATA=.. OUTPUT=output SET="lora.r=8" ENGINE=auto|docker|local GPUS=auto|none|all (all: require a GPU; one is used) DRY=1 OVERWRITE=1]
-	@$(INVOKE) train --recipe "$$RECIPE" --profile "$$PROFILE" --model "$$MODEL" --data "$$DATA" --output "$$OUTPUT" --set "$$SET" --engine "$$ENGINE" --gpus "$$GPUS" --dry "$$DRY" --overwrite "$$OVERWRITE"
+train: setup ## train a recipe: make train [RECIPE=llm-qlora PROFILE=tiny MODEL=.. DATA=.. CONFIG=.. OUTPUT=output SET="lora.r=8" ENGINE=auto|docker|local GPUS=auto|none|all (all: require a GPU; one is used) DRY=1 OVERWRITE=1]
+	@$(INVOKE) train --recipe "$$RECIPE" --profile "$$PROFILE" --model "$$MODEL" --data "$$DATA" --config "$$CONFIG" --output "$$OUTPUT" --set "$$SET" --engine "$$ENGINE" --gpus "$$GPUS" --dry "$$DRY" --overwrite "$$OVERWRITE"
 
 resume: setup ## go on from the newest checkpoint: make resume [OUTPUT=output] [CHECKPOINT=output/checkpoint-500] [FORCE=1]
 	@$(INVOKE) resume --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --set "$$SET" --force "$$FORCE" --engine "$$ENGINE" --gpus "$$GPUS"
@@ -25,6 +25,12 @@ merge: setup ## write adapter + base as one model: make merge CHECKPOINT=output/
 
 verify: setup ## recheck a run's files against its record: make verify [OUTPUT=output]
 	@$(INVOKE) verify --output "$$OUTPUT"
+
+import: setup ## translate a configuration of axolotl, LLaMA-Factory or PEFT: make import FILE=axolotl.yml [OUTPUT=mine.yaml]
+	@$(INVOKE) import "$$FILE" --output "$$OUTPUT"
+
+adapters: setup ## list the adapters below a folder: make adapters [OUTPUT=output]
+	@$(INVOKE) adapters --output "$$OUTPUT"
 
 explain: setup ## every field of a recipe, with type, default and meaning: make explain [SECTION=lora]
 	@$(INVOKE) explain --section "$$SECTION"

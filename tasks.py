@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,37 @@ def yes(value: str | bool) -> bool:
     return str(value).lower() not in ("", "0", "no", "false")
 
 
-@verb(help={"set": 'overrides, e.g. "training.max_steps=40 lora.r=8"', "dry": "print what would be done"})
+@verb(
+    help={
+        "set": 'overrides, e.g. "training.max_steps=40 lora.r=8"',
+        "config": "a file of overrides, e.g. one that import wrote",
+        "dry": "print what would be done",
+    }
+)
 def train(
-    c, recipe="", profile="", model="", data="", output="output", set="", engine="", gpus="", dry="", overwrite=""
+    c,
+    recipe="",
+    profile="",
+    model="",
+    data="",
+    config="",
+    output="output",
+    set="",
+    engine="",
+    gpus="",
+    dry="",
+    overwrite="",
 ):
     """Train a recipe; without arguments, the demo."""
-    from trainbox.host import pipeline
+    from trainbox.host import importing, pipeline
     from trainbox.spec.load import Choices, split_settings
 
-    asked = Choices(recipe or "llm-qlora", profile, model, data, split_settings(set))
-    if not (recipe or profile or model or data):
-        asked = Choices(pipeline.DEMO.recipe, pipeline.DEMO.profile, set=asked.set)
+    asked = Choices(recipe, profile, model, data, split_settings(set), config)
+    if config:
+        asked = importing.choose(asked)
+    elif not (recipe or profile or model or data):
+        asked = replace(pipeline.DEMO, set=asked.set)
+    asked = replace(asked, recipe=asked.recipe or "llm-qlora")
     folder = Path(output or "output")
     pipeline.train(asked, folder, engine or "auto", gpus or "auto", dry=yes(dry), overwrite=yes(overwrite))
 
@@ -114,6 +135,22 @@ def verify(c, output):
     if lines := pipeline.verify(folder):
         raise TrainingError("is not what its record says", place=str(folder), remedy="\n".join(lines))
     ui.say(f"{folder}: all as recorded")
+
+
+@verb(name="import", positional=["file"], help={"output": "what to write; default: NAME.trainbox.yaml, here"})
+def import_(c, file, output=""):
+    """Translate a configuration of axolotl, LLaMA-Factory or PEFT into a file for `train --config`."""
+    from trainbox.host import importing
+
+    importing.bring(Path(file), Path(output) if output else None)
+
+
+@verb(help={"output": "the folder to look in; default: output"})
+def adapters(c, output="output"):
+    """List the adapters below a folder with base, task, size and metric."""
+    from trainbox.host import adapters as listing
+
+    listing.show(Path(output or "output"))
 
 
 @verb(positional=["section"], help={"section": "e.g. lora, training.learning_rate; without: everything"})

@@ -56,13 +56,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     train.add_argument("--profile", default="", help="profile of the recipe")
     train.add_argument("--model", default="", help="hub name, instead of a model mounted at /model")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
-    infer = commands.add_parser("infer", help="answer a prompt, or chat")
+    infer = commands.add_parser("infer", help="answer a prompt, a file's rows, or what is typed")
     infer.add_argument("--prompt", default="")
-    infer.add_argument("--max-new-tokens", type=int, default=256)
-    infer.add_argument("--checkpoint", default="/checkpoint")
+    infer.add_argument("--input", default="", help="file of rows; the answers go to /output/answers.jsonl")
+    infer.add_argument("--batch-size", type=int, default=8)
+    infer.add_argument("--max-new-tokens", type=int)
+    evaluate = commands.add_parser("evaluate", help="metrics of the spec's test data, to /output/evaluation.json")
+    merge = commands.add_parser("merge", help="write adapter + base as one model, or adapters as one, to /output")
+    merge.add_argument("--weights", type=float, nargs="*", default=[])
+    merge.add_argument("--combination", default="linear")
+    for uses in (infer, evaluate, merge):
+        uses.add_argument("--checkpoint", default="/checkpoint")
+        uses.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
     commands.add_parser("sync-wandb", help="send to W&B what a run wrote offline")
-    merge = commands.add_parser("merge", help="write adapter + base as one model to /output")
-    merge.add_argument("--checkpoint", default="/checkpoint")
     model = commands.add_parser("make-model", help="make a random model, or convert a GGUF file")
     model.add_argument("name")
     model.add_argument("--source", default="")
@@ -140,10 +146,24 @@ def _token_classification() -> type[Task]:
     return TokenClassification
 
 
+def _seq2seq() -> type[Task]:
+    from trainbox.container.seq2seq import Seq2Seq
+
+    return Seq2Seq
+
+
+def _masked_lm() -> type[Task]:
+    from trainbox.container.masked_lm import MaskedLm
+
+    return MaskedLm
+
+
 TASKS: dict[str, Callable[[], type[Task]]] = {
     "sft": _sft,
     "text-classification": _text_classification,
     "token-classification": _token_classification,
+    "seq2seq": _seq2seq,
+    "masked-lm": _masked_lm,
 }
 """A new training method adds its class."""
 
@@ -245,18 +265,35 @@ def _keep_traceback(error: Exception) -> None:
         traceback.print_exception(error)
 
 
-def _infer(command: argparse.Namespace) -> None:
-    from trainbox.container.generate import infer
+def _trained(command: argparse.Namespace) -> tuple[Task, dict[str, Path]]:
+    """The task that can use what was trained, and the folders that hold it, by name."""
+    from trainbox.container import use
 
-    loaded()
-    infer(box(command.checkpoint), command.prompt, command.max_new_tokens)
+    folders = use.named_adapters(command)
+    return task_of(use.spec_of(next(iter(folders.values())))), folders
+
+
+def _infer(command: argparse.Namespace) -> None:
+    from trainbox.container import use
+
+    use.infer(*_trained(command), command)
+
+
+def _evaluate(command: argparse.Namespace) -> None:
+    from trainbox.container import use
+
+    task, folders = _trained(command)
+    use.evaluate(task, folders["default"])
 
 
 def _merge(command: argparse.Namespace) -> None:
-    from trainbox.container.generate import merge
+    from trainbox.container import use
 
-    loaded()
-    merge(box(command.checkpoint), box(BOX_OUTPUT))
+    task, folders = _trained(command)
+    if command.adapter:
+        use.combine(task, folders, command.weights, command.combination)
+    else:
+        use.merge(task, folders["default"])
 
 
 def _make_model(command: argparse.Namespace) -> None:
@@ -276,7 +313,14 @@ def _sync_wandb(command: argparse.Namespace) -> None:
         raise EngineError("wandb could not be reached", place="wandb", remedy="`wandb sync` in logs/wandb tries again")
 
 
-COMMANDS = {"train": train, "sync-wandb": _sync_wandb, "infer": _infer, "merge": _merge, "make-model": _make_model}
+COMMANDS = {
+    "train": train,
+    "sync-wandb": _sync_wandb,
+    "infer": _infer,
+    "evaluate": _evaluate,
+    "merge": _merge,
+    "make-model": _make_model,
+}
 
 if __name__ == "__main__":
     code = main()

@@ -206,6 +206,11 @@ def adapt(recipe: AdapterRecipe, model: Any, task_type: str | None) -> Any:
     return adapted
 
 
+def without_adapter(model: Any) -> Any:
+    """The base below an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextmanager
 def adapter_faults(recipe: AdapterRecipe, model: Any) -> Iterator[None]:
     """What PEFT says of an adapter that does not fit the model, as the person's error."""

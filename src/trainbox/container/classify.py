@@ -75,11 +75,11 @@ class Classification(Task):
         self._last = evaluated.predictions, evaluated.label_ids
         return self.figures(*self._last)
 
-    def after(self, trainer: Any, data: dict[str, Any]) -> Outcome:
+    def report(self, trainer: Any, data: dict[str, Any]) -> Outcome:
         """Figures by label, of the rows that were evaluated last: those of the test data, where there are any."""
         if self._last is None:
             return {}
-        report = self.report(*self._last)
+        report = self.by_label(*self._last)
         emit("table", text=_table(report["by_label"], ["precision", "recall", "f1", "rows"]))
         if "confusion" in report:
             emit("table", text=_matrix(self.labels, report["confusion"]))
@@ -93,7 +93,7 @@ class Classification(Task):
         """The metrics by name."""
         raise NotImplementedError
 
-    def report(self, logits: Any, labels: Any) -> dict[str, Any]:
+    def by_label(self, logits: Any, labels: Any) -> dict[str, Any]:
         """`by_label`, and what else the record keeps."""
         raise NotImplementedError
 
@@ -224,7 +224,7 @@ class TextClassification(Classification):
             }
         return {name: float(value) for name, value in out.items()}
 
-    def report(self, logits: Any, labels: Any) -> dict[str, Any]:
+    def by_label(self, logits: Any, labels: Any) -> dict[str, Any]:
         """Figures by label; for a single label the confusion matrix, a row for each true label."""
         found, labels = self._decide(logits), labels.astype(int)
         numbers = list(range(len(self.labels)))
@@ -370,7 +370,7 @@ class TokenClassification(Classification):
         named = zip(("precision", "recall", "f1"), figures, strict=False)
         return {"accuracy": float(accuracy)} | {name: float(value) for name, value in named}
 
-    def report(self, logits: Any, labels: Any) -> dict[str, Any]:
+    def by_label(self, logits: Any, labels: Any) -> dict[str, Any]:
         """Figures by kind of entity, or by tag; and what always saying the commonest tag would score."""
         truth, found = self._tags(logits, labels)
         flat = [tag for row in truth for tag in row], [tag for row in found for tag in row]

@@ -13,11 +13,13 @@ from trl import SFTConfig, SFTTrainer
 
 from trainbox.container import base_model
 from trainbox.container import trainer as shared
-from trainbox.container.generate import answer, stop_at_end_of_turn
+from trainbox.container.generate import answers, stop_at_end_of_turn
 from trainbox.container.report import emit
-from trainbox.container.task import Outcome, Task
+from trainbox.container.task import Load, Settings, Task
 from trainbox.container.text import IGNORED, ChatEncoder, load_chat_tokenizer
 from trainbox.errors import ConfigError
+from trainbox.spec.formats import Message
+from trainbox.spec.rows import Row
 from trainbox.spec.run import BOX_OUTPUT, box
 
 
@@ -46,16 +48,56 @@ class CausalTask(Task):
         """Answer the held-out prompts."""
         self._samples = Samples(self.recipe.sample.prompts, None if resume else self._answers(model))
 
-    def after(self, trainer: Any, data: dict[str, Any]) -> Outcome:
+    def after(self, trainer: Any) -> None:
         """Answer the held-out prompts once more."""
         self._samples.finish(self._answers(trainer.model))
-        return {}
 
     def _answers(self, model: Any) -> list[str]:
         sample = self.recipe.sample
-        if sample.prompts:
-            emit("stage", text=f"answering {len(sample.prompts)} held-out prompts")
-        return [answer(model, self.tokenizer, prompt, sample.max_new_tokens) for prompt in sample.prompts]
+        if not sample.prompts:
+            return []
+        emit("stage", text=f"answering {len(sample.prompts)} held-out prompts")
+        rows = [{"prompt": prompt} for prompt in sample.prompts]
+        return [said["text"] for said in self.predict(model, rows, {"max_new_tokens": sample.max_new_tokens})]
+
+    greeting = "chat: an empty line forgets what was said, "
+
+    def open(self, folders: dict[str, Path], load: Load = base_model.load_for_use) -> Any:
+        """The model, which ends its answers where the chat template does."""
+        model = super().open(folders, load)
+        stop_at_end_of_turn(model, self.tokenizer)
+        return model
+
+    def in_conversation(self, line: str, history: list[Message]) -> Row:
+        """What was said so far, and the line."""
+        return {"messages": [*history, {"role": "user", "content": line}]}
+
+    def remember(self, line: str, said: Row, history: list[Message]) -> None:
+        """Question and answer."""
+        history += [{"role": "user", "content": line}, {"role": "assistant", "content": said["text"]}]
+
+    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
+        """`{"text": ...}`: the greedy answer; what was trained on plain text goes on with it."""
+        plain = getattr(self.recipe.data, "format", "auto") == "text"
+        asked = [row.get("messages") or row["prompt"] for row in rows]
+        if plain:
+            asked = [_text(each) for each in asked]
+        else:
+            asked = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in asked]
+        length = settings.get("max_new_tokens") or MAX_NEW_TOKENS
+        return [{"text": text} for text in answers(model, self.tokenizer, asked, length)]
+
+    def show(self, row: Row, said: Row) -> str:
+        """The text."""
+        return str(said["text"])
+
+
+MAX_NEW_TOKENS = 256
+"""Length of an answer where none is asked for."""
+
+
+def _text(asked: str | list[Message]) -> str:
+    return asked if isinstance(asked, str) else "\n".join(str(message["content"]) for message in asked)
 
 
 class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]

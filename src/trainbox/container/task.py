@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from trainbox.container import trainer as shared
 from trainbox.container.prepare import Encoder, prepared
 from trainbox.container.report import emit
 from trainbox.errors import ConfigError
+from trainbox.spec.asking import typed
 from trainbox.spec.checkpoint import newest_complete
 from trainbox.spec.recipe import Training
 from trainbox.spec.rows import Row
@@ -23,6 +25,7 @@ Outcome = dict[str, Any]
 """What result.json keeps of a training: metrics, what became of the rows, and what a task adds."""
 
 
+Load = Callable[..., Any]
 Settings = dict[str, Any]
 """How to predict: max_new_tokens ..."""
 
@@ -79,7 +82,8 @@ class Task:
         if "test" in data:
             metrics |= shared.evaluate(trainer, data["test"], "test")
         metrics |= {"steps": trainer.state.global_step, "trainable_parameters": trainable}
-        return {"metrics": metrics, "prepared": stats, **self.after(trainer, data)}
+        self.after(trainer)
+        return {"metrics": metrics, "prepared": stats, **self.report(trainer, data)}
 
     # What a task says of itself
 
@@ -106,14 +110,40 @@ class Task:
     def before(self, model: Any, data: dict[str, Any], resume: Path | None) -> None:
         """What is looked at before training."""
 
-    def after(self, trainer: Any, data: dict[str, Any]) -> Outcome:
-        """What is looked at after training; what it returns is kept in the record."""
+    def after(self, trainer: Any) -> None:
+        """What is looked at after training."""
+
+    def report(self, trainer: Any, data: dict[str, Any]) -> Outcome:
+        """What is told of the rows that were evaluated last, besides their metrics; the record keeps `evaluation`."""
         return {}
 
     # Using what was trained
 
-    column: ClassVar[str] = "text"
-    """What a row to be predicted must have; a prompt typed by a person becomes a row of it alone."""
+    greeting: ClassVar[str] = "a line is a text; "
+    """Said before a person types."""
+
+    def open(self, folders: dict[str, Path], load: Load = base_model.load_for_use) -> Any:
+        """A trained model ready for use: whole, or the base at /model with the adapters of these folders, by name."""
+        first = next(iter(folders.values()))
+        self.tokenizer = self.load_tokenizer(first)
+        adapter = (first / "adapter_config.json").exists()
+        model = load(self.recipe, box(BOX_MODEL) if adapter else first, self.auto_class, **self.model_config())
+        if adapter:
+            from peft import PeftModel
+
+            for name, folder in folders.items():
+                if isinstance(model, PeftModel):
+                    model.load_adapter(str(folder), adapter_name=name)
+                else:
+                    model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        return model.eval()
+
+    def in_conversation(self, line: str, history: list[Any]) -> Row:
+        """What a person typed as a row to predict from, with what was said before where that counts."""
+        return typed(self.recipe, line)
+
+    def remember(self, line: str, said: Row, history: list[Any]) -> None:
+        """Keep what was said, where that counts."""
 
     def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
         """What the model, ready for use, says of a batch of rows: for each a mapping that can be written as JSON."""
@@ -138,7 +168,7 @@ class Task:
         with base_model.adapter_faults(self.recipe, model):
             trainer = self.trainer_class(
                 args=config,
-                train_dataset=data.get("train"),
+                train_dataset=data["train"],
                 eval_dataset=validation,
                 processing_class=self.tokenizer,
                 callbacks=shared.callbacks(training, interrupt),

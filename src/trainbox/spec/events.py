@@ -62,10 +62,14 @@ SHOWN = {
 """The rest is in metrics.jsonl: a line has to fit a terminal."""
 
 
+ASIDE = (
+    "runtime", "per_second", "logits", "logps", "num_tokens", "entropy", "completions/", "clip_ratio", "time", "macro_",
+)  # fmt: skip
+
+
 def _is_score(key: str) -> bool:
     """A measure of the model in an evaluation, not of the machine."""
-    aside = ("runtime", "per_second", "logits", "logps", "num_tokens", "entropy", "completions/", "clip_ratio", "time", "macro_")
-    return key.startswith(("eval_", "test_")) and not any(word in key for word in aside)
+    return key.startswith(("eval_", "test_")) and not any(word in key for word in ASIDE)
 
 
 def _figure(value: Any) -> str:

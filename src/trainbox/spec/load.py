@@ -6,39 +6,23 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from trainbox.errors import ConfigError
+from trainbox.spec.axolotl import AXOLOTL
+from trainbox.spec.foreign import PATHS, PEFT, PLAIN, Overrides, translate
+from trainbox.spec.llama_factory import FACTORY
 from trainbox.spec.recipe import RECIPES, Recipe, Section
+from trainbox.spec.tree import YAML_FAULTS, Loader, Tree, fields, merge, names_of, read_yaml, section_of
 
-
-class Loader(yaml.SafeLoader):
-    """YAML 1.2's words: `no` and 2024-01-01 are words and 2e-4 a number, as in every other tool's configuration."""
-
-
-Loader.yaml_implicit_resolvers = {
-    char: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
-    for char, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
-"""What PyYAML raises: a value that does not fit its tag fails wherever Python notices."""
-
-Tree = dict[str, Any]
-Lines = dict[str, int]
+SOURCES = (AXOLOTL, FACTORY, PEFT, PLAIN)
+"""Configurations of other tools; any other file is one of our own."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +34,15 @@ class Choices:
     model: str = ""
     data: str = ""
     set: tuple[str, ...] = ()
+    config: str = ""
+    """A file of overrides: over the profile, under the other choices."""
 
 
-def load_recipe(folder: Path, choices: Choices) -> Recipe:
+def load_recipe(folder: Path, choices: Choices, overrides: Overrides | None = None) -> Recipe:
     """Read `folder`/recipe.yaml, lay the profile and the overrides over it and validate the whole.
 
-    Raises ConfigError with the file and line, or the override, that is wrong.
+    `overrides` stand for the file `choices.config` where that was read. Raises ConfigError with the file and line, or
+    the override, that is wrong.
     """
     path = folder / "recipe.yaml"
     place = f"recipes/{folder.name}/recipe.yaml"
@@ -72,47 +59,76 @@ def load_recipe(folder: Path, choices: Choices) -> Recipe:
                 remedy=nearest(choices.profile, profiles) or f"profiles: {', '.join(map(str, profiles)) or 'none'}",
             )
         prefix = f"profiles.{choices.profile}."
-        origin |= {key.removeprefix(prefix): at for key, at in origin.items() if key.startswith(prefix)}
+        of_profile = {key.removeprefix(prefix): at for key, at in origin.items() if key.startswith(prefix)}
+        origin = _later(origin, of_profile)
         tree = merge(tree, profiles[choices.profile])
+    if overrides or choices.config:
+        overrides = overrides or read_config(choices.config)
+        _refuse_another_recipe(overrides, choices, tree.get("task"))
+        tree = merge(tree, _whole_sources(overrides.tree))
+        origin = _later(origin, overrides.origin)
     tree = merge(tree, _named_overrides(choices))
     for setting in choices.set:
         key, value = parse_setting(setting)
         tree = _assign(tree, key.split("."), value, key)
-        origin[key] = f"--set {key}"
+        origin = _later(origin, {key: f"--set {key}"})
         origin.setdefault(key.partition(".")[0], f"--set {key}")
     return validate(tree, origin, place)
 
 
-def read_yaml(path: Path, place: str) -> tuple[Tree, Lines]:
-    """Parse a YAML mapping; also the line of every dotted key. A key given twice is an error."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=Loader)
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError("holds no `key: value` lines", place=place)
-        tree = yaml.load(text, Loader=Loader)  # noqa: S506 (a SafeLoader)
-        return tree, dict(_key_lines(node, "", place))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"is not UTF-8 (byte {error.start})", place=place) from None
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", place=place) from None
-    except yaml.MarkedYAMLError as error:
-        at = f"{place}:{error.problem_mark.line + 1}" if error.problem_mark else place
-        raise ConfigError(f"is not YAML: {error.problem}", place=at) from None
-    except YAML_FAULTS as error:
-        raise ConfigError(f"is not YAML: {str(error).partition(chr(10))[0]}", place=place) from None
+def read_config(path: str) -> Overrides:
+    """A file of overrides in our own words, or in those of a configuration that is translated on the fly.
+
+    Relative paths in it start at its folder. Raises ConfigError for any other file.
+    """
+    file = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for a user who is not there)
+    tree, lines = read_yaml(file, path)
+    source = next((source for source in SOURCES if source.fits(tree)), None)
+    if source and not source.direct:
+        raise ConfigError(f"is {source.name}", place=path, remedy=f"translate it: make import FILE={path}")
+    if source:
+        overrides = translate(source, tree, lines, file, path)
+    else:
+        named = tree.pop("recipe", None)
+        origin = {key: f"{path}:{line}" for key, line in lines.items()}
+        overrides = Overrides(tree, origin, recipes=(str(named),) if named else ())
+    map_paths(overrides.tree, lambda name: _from(file.parent, name))
+    return overrides
 
 
-def _key_lines(node: yaml.MappingNode, prefix: str, place: str) -> Iterator[tuple[str, int]]:
-    seen: set[str] = set()
-    for key_node, value_node in node.value:
-        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
-        if key in seen:
-            raise ConfigError(f"{key} is given twice", place=f"{place}:{line}", remedy="keep one of the two")
-        seen.add(key)
-        yield key, line
-        if isinstance(value_node, yaml.MappingNode):
-            yield from _key_lines(value_node, f"{key}.", place)
+def map_paths(tree: Tree, change: Callable[[str], str]) -> None:
+    """Change what may be a path in a tree of overrides."""
+    places = [(tree.get(section), name) for section, names in PATHS.items() for name in names]
+    rewards = tree.get("rewards")
+    places += [(reward, "file") for reward in rewards] if isinstance(rewards, list) else []
+    for section, name in places:
+        if isinstance(section, dict) and isinstance(section.get(name), str):
+            section[name] = change(section[name])
+
+
+def _from(folder: Path, name: str) -> str:
+    """Absolute where it is there; else it is a hub name, or absent, which is found out later."""
+    path = str(folder / os.path.expanduser(name))  # noqa: PTH111
+    return os.path.realpath(path) if is_path(path) else name
+
+
+def _refuse_another_recipe(overrides: Overrides, choices: Choices, task: Any) -> None:
+    named, at = overrides.recipes, overrides.origin.get("recipe", choices.config)
+    if named and choices.recipe not in named:
+        remedy = "leave RECIPE away, or take another file"
+        raise ConfigError(f"is for recipe {named[0]}, but RECIPE is {choices.recipe}", place=at, remedy=remedy)
+    if overrides.tree.get("task", task) != task:
+        fault = f"task is {overrides.tree['task']}, but recipe {choices.recipe} is for {task}"
+        raise ConfigError(fault, place=overrides.origin.get("task", at), remedy="remove the line")
+
+
+def _later(origin: Mapping[str, str], later: Mapping[str, str]) -> dict[str, str]:
+    """What was laid last stands last; of a list that is laid anew nothing old is left."""
+
+    def is_old(key: str) -> bool:
+        return key in later or any(key[: found.start()] in later for found in re.finditer(r"\.\d+(?=\.|$)", key))
+
+    return {**{key: at for key, at in origin.items() if not is_old(key)}, **later}
 
 
 def _as_mapping(value: Any, place: str) -> Tree:
@@ -121,27 +137,29 @@ def _as_mapping(value: Any, place: str) -> Tree:
     return value
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """`over` laid on `base`: mappings key by key, everything else replaced. What was laid last stands last."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.pop(key, None)
-        merged[key] = merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
-    return merged
-
-
 def _named_overrides(choices: Choices) -> Tree:
-    """MODEL= and DATA= replace the whole source: a pin of the recipe's own model does not fit another."""
+    """MODEL= and DATA=."""
     over: Tree = {}
     if choices.model:
         name, revision = _split_revision(choices.model)
-        over["model"] = {"name": name, "revision": revision, "sha256": None}
+        over["model"] = {"name": name, "revision": revision}
     if choices.data:
         name, revision = _split_revision(choices.data)
         # Absolute, so that a folder of the recipe with the same name is not taken for it.
         name = os.path.realpath(name) if is_path(name) else name
-        over["data"] = {"path": name, "revision": revision, "validation_file": None, "test_file": None}
-    return over
+        over["data"] = {"path": name, "revision": revision}
+    return _whole_sources(over)
+
+
+def _whole_sources(over: Tree) -> Tree:
+    """A source that is named anew has none of the old one's pins and files."""
+    pins = {"model": ("name", "revision", "sha256"), "data": ("path", "revision", "validation_file", "test_file")}
+    out = dict(over)
+    for section, (name, *others) in pins.items():
+        below = over.get(section)
+        if isinstance(below, dict) and name in below:
+            out[section] = {**dict.fromkeys(others), **below}
+    return out
 
 
 def _split_revision(source: str) -> tuple[str, str | None]:
@@ -206,23 +224,11 @@ def _drop_repeated_aliases(tree: Tree, cls: type[Section]) -> Tree:
     """Give each field its own name. Of `batch_size` and `per_device_train_batch_size` the later one counts."""
     out: Tree = {}
     for key, value in tree.items():
-        name = next((name for name, field in cls.model_fields.items() if key in _names(name, field)), key)
-        below = _section(cls.model_fields[name]) if name in cls.model_fields else None
+        name = next((name for name, field in cls.model_fields.items() if key in names_of(name, field)), key)
+        below = section_of(cls.model_fields[name]) if name in cls.model_fields else None
         out.pop(name, None)
         out[name] = _drop_repeated_aliases(value, below) if below and isinstance(value, dict) else value
     return out
-
-
-def _names(name: str, field: FieldInfo) -> tuple[str, ...]:
-    alias = field.validation_alias
-    return (name, *(str(choice) for choice in getattr(alias, "choices", ())))
-
-
-def _section(field: FieldInfo) -> type[Section] | None:
-    for candidate in (field.annotation, *get_args(field.annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
 
 
 def _explain_first(error: ValidationError, cls: type[Recipe], origin: Mapping[str, str], place: str) -> ConfigError:
@@ -231,7 +237,10 @@ def _explain_first(error: ValidationError, cls: type[Recipe], origin: Mapping[st
     dotted = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
     while not unknown and not _aliases_of(dotted, cls) and "." in dotted:
         dotted = dotted.rpartition(".")[0]  # the loc went on into a union's member or a mapping's key
-    key = next((k for k in (dotted, *_aliases_of(dotted, cls)) if k in origin), dotted)
+    exact = ".".join(str(part) for part in first["loc"])  # with the place in a list of sections
+    candidates = [key for key in origin if key in (exact, dotted, *_aliases_of(dotted, cls))]
+    key = candidates[-1] if candidates else exact if re.match(r"\w+\.\d+\.", exact) else dotted
+    dotted = next((name for name, _ in fields(cls) if name.replace("[]", "") == dotted), dotted)
     while key and key not in origin and "." in key:
         key = key.rpartition(".")[0]
     at = origin.get(key, place)
@@ -252,10 +261,10 @@ def _aliases_of(dotted: str, cls: type[Section]) -> list[str]:
     section, _, leaf = dotted.rpartition(".")
     owner: type[Section] | None = cls
     for part in filter(None, section.split(".")):
-        owner = _section(owner.model_fields[part]) if owner and part in owner.model_fields else None
+        owner = section_of(owner.model_fields[part]) if owner and part in owner.model_fields else None
     if owner is None:
         return []
-    names = next((n for k, f in owner.model_fields.items() if leaf in (n := _names(k, f))), ())
+    names = next((n for k, f in owner.model_fields.items() if leaf in (n := names_of(k, f))), ())
     return [f"{section}.{name}" if section else name for name in names]
 
 
@@ -266,16 +275,6 @@ def _nearest_field(dotted: str, cls: type[Section]) -> str:
     same = [name for name in names if name.rpartition(".")[2] == leaf]
     sections = [name for name in cls.model_fields if not section]
     return nearest(dotted, same) or nearest(dotted, sections, cutoff=0.7) or nearest(dotted, names)
-
-
-def fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted field of a section, depth first."""
-    for name, field in cls.model_fields.items():
-        below = _section(field)
-        if below is not None:
-            yield from fields(below, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
 
 
 def nearest(word: str, known: Any, *, cutoff: float = 0.5) -> str:

@@ -53,7 +53,7 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in memory; auto: what the device computes in, and float32 where all weights are trained."""
     attn_implementation: str | None = None
-    """Attention kernel by transformers' name: sdpa, eager, flash_attention_2 ...; default: sdpa where the model has it."""
+    """Attention kernel by transformers' name: sdpa, eager, flash_attention_2 ...; default: sdpa where it is there."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for an author you trust."""
 

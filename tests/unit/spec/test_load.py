@@ -7,8 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainbox.errors import ConfigError
-from trainbox.spec.load import Choices, fields, load_recipe, merge, nearest, parse_setting, split_settings
+from trainbox.spec.load import Choices, load_recipe, nearest, parse_setting, split_settings
 from trainbox.spec.recipe import RECIPES, Recipe, SftRecipe
+from trainbox.spec.tree import fields, merge
 
 RECIPE_FOLDERS = sorted(path.parent for path in Path("recipes").glob("*/recipe.yaml"))
 
