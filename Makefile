@@ -1,12 +1,12 @@
 # The menu: one line per verb, no logic. Values travel by environment, so quotes, spaces and $ survive.
-VALUES := RECIPE PROFILE MODEL DATA CONFIG FILE OUTPUT SET ENGINE GPUS DRY OVERWRITE CHECKPOINT PROMPT FORCE SECTION
+VALUES := RECIPE PROFILE MODEL DATA CONFIG FILE OUTPUT SET ENGINE GPUS DRY OVERWRITE CHECKPOINT PROMPT INPUT ADAPTERS WEIGHTS COMBINATION FORCE SECTION
 $(foreach v,$(VALUES),$(eval override export $v := $$(value $v)))
 
 VENV := .venv
 INVOKE := $(VENV)/bin/python -m invoke
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume infer merge verify import adapters explain schema build engine lock test lint bench clean
+.PHONY: help setup train resume infer evaluate merge verify import adapters explain schema build engine lock test lint bench clean
 
 help: ## print this menu
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -17,11 +17,14 @@ train: setup ## train a recipe: make train [RECIPE=llm-qlora PROFILE=tiny MODEL=
 resume: setup ## go on from the newest checkpoint: make resume [OUTPUT=output] [CHECKPOINT=output/checkpoint-500] [FORCE=1]
 	@$(INVOKE) resume --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --set "$$SET" --force "$$FORCE" --engine "$$ENGINE" --gpus "$$GPUS"
 
-infer: setup ## ask a trained model: make infer CHECKPOINT=output/final [PROMPT="..."]
-	@$(INVOKE) infer --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --engine "$$ENGINE" --gpus "$$GPUS"
+infer: setup ## ask a trained model: make infer [CHECKPOINT=output/final] [PROMPT=".." | INPUT=rows.jsonl OUTPUT=answers.jsonl] [ADAPTERS="a=path b=path"]
+	@$(INVOKE) infer --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --input "$$INPUT" --output "$$OUTPUT" --adapter "$$ADAPTERS" --engine "$$ENGINE" --gpus "$$GPUS"
 
-merge: setup ## write adapter + base as one model: make merge CHECKPOINT=output/final [OUTPUT=merged]
-	@$(INVOKE) merge --checkpoint "$$CHECKPOINT" --output "$$OUTPUT" --engine "$$ENGINE"
+evaluate: setup ## the recipe's metrics on new data: make evaluate [CHECKPOINT=output/final] DATA=new.jsonl
+	@$(INVOKE) evaluate --checkpoint "$$CHECKPOINT" --data "$$DATA" --output "$$OUTPUT" --engine "$$ENGINE" --gpus "$$GPUS"
+
+merge: setup ## write adapter + base as one model [CHECKPOINT=output/final OUTPUT=merged], or several adapters as one: ADAPTERS="a=path b=path" WEIGHTS="0.7 0.3" [COMBINATION=linear]
+	@$(INVOKE) merge --checkpoint "$$CHECKPOINT" --adapter "$$ADAPTERS" --weights "$$WEIGHTS" --combination "$$COMBINATION" --output "$$OUTPUT" --engine "$$ENGINE"
 
 verify: setup ## recheck a run's files against its record: make verify [OUTPUT=output]
 	@$(INVOKE) verify --output "$$OUTPUT"

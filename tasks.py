@@ -109,20 +109,70 @@ def resume(c, checkpoint="", output="", set="", engine="", gpus="", force=""):
     pipeline.resume(folder, name, engine, gpus or "auto", settings, force=yes(force))
 
 
-@verb(help={"prompt": "the question; without it, a chat"})
-def infer(c, checkpoint="output/final", prompt="", engine="", gpus="", max_new_tokens=256):
-    """Ask a trained model."""
-    from trainbox.host import pipeline
+@verb(
+    iterable=["adapter"],
+    help={
+        "prompt": "the question; without it and input: a chat",
+        "input": "a file of rows; the answers go to output",
+        "adapter": "name=path, several over one base; a row's column `adapter` chooses",
+    },
+)
+def infer(
+    c, adapter, checkpoint="output/final", prompt="", input="", output="", engine="", gpus="", batch_size=8,
+    max_new_tokens=0,
+):  # fmt: skip
+    """Ask a trained model: one prompt, a file, or whatever is typed."""
+    from trainbox.host import using
 
-    pipeline.infer(Path(checkpoint or "output/final"), prompt, engine or "auto", gpus or "auto", max_new_tokens)
+    using.infer(
+        Path(checkpoint or "output/final"),
+        using.parse_adapters(_words(adapter)),
+        engine or "auto",
+        gpus or "auto",
+        prompt=prompt,
+        source=Path(input) if input else None,
+        target=Path(output) if output else None,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens or None,
+    )
 
 
-@verb()
-def merge(c, checkpoint="output/final", output="", engine=""):
-    """Write adapter + base as one model."""
-    from trainbox.host import pipeline
+@verb(help={"data": "rows with their answers or labels", "output": "file for the figures"})
+def evaluate(c, checkpoint="output/final", data="", output="", engine="", gpus=""):
+    """The recipe's metrics on new data."""
+    from trainbox.host import using
 
-    pipeline.merge(Path(checkpoint or "output/final"), Path(output) if output else None, engine or "auto")
+    if not data:
+        raise ConfigError("is needed", place="DATA", remedy="make evaluate CHECKPOINT=output/final DATA=new.jsonl")
+    target = Path(output) if output else None
+    using.evaluate(Path(checkpoint or "output/final"), data, target, engine or "auto", gpus or "auto")
+
+
+@verb(
+    iterable=["adapter"],
+    help={"adapter": "name=path; several are added by weight", "combination": "linear, cat, svd, ties ... (PEFT's)"},
+)
+def merge(c, adapter, checkpoint="output/final", weights="", combination="", output="", engine=""):
+    """Write adapter + base as one model, or several adapters as one."""
+    from trainbox.host import using
+
+    try:
+        numbers = [float(word) for word in weights.split()]
+    except ValueError:
+        raise ConfigError(f"{weights!r} are no numbers", place="weights", remedy='--weights "0.7 0.3"') from None
+    using.merge(
+        Path(checkpoint or "output/final"),
+        using.parse_adapters(_words(adapter)),
+        numbers,
+        combination or "linear",
+        Path(output) if output else None,
+        engine or "auto",
+    )
+
+
+def _words(values: list[str]) -> list[str]:
+    """Make passes several in one variable, with spaces between them."""
+    return [word for value in values for word in value.split()]
 
 
 @verb(positional=["output"])

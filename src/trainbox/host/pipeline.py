@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ from trainbox.host.watch import Watcher
 from trainbox.spec import checkpoint, record
 from trainbox.spec.load import Choices, load_recipe, nearest
 from trainbox.spec.recipe import RECIPES, Recipe, check_validation
-from trainbox.spec.run import BOX_CACHE, BOX_MODEL, BOX_OUTPUT, BOX_SPEC, ModelSource, RunSpec, freed
+from trainbox.spec.run import BOX_CACHE, BOX_MODEL, BOX_OUTPUT, ModelSource, RunSpec, freed
 
 DEMO = Choices(recipe="llm-qlora", profile="demo")
 """What `make train` without arguments runs."""
@@ -66,11 +65,11 @@ def resume(
     point = _checkpoint(output, name, found)
     with rundir.lock(output):
         chosen = engine.pick(engine_name or str(spec.origin.get("engine", {}).get("name", "auto")))
-        facts = _same_image(spec, chosen)
+        facts = same_image(spec, chosen)
         use_gpus = hardware.check(gpus, facts.labels)
         choices = _choices(spec)
         current = load_recipe(recipe_folder(choices.recipe), replace(choices, set=(*choices.set, *settings)))
-        pinned = _pinned(spec)
+        pinned = pinned_recipe(spec)
         source, mounts = data.check(pinned, recipe_folder(choices.recipe))
         model, folder = download.model(pinned.model, chosen, facts.tag)
         origin = {**spec.origin, **_origin(chosen, facts, use_gpus)}
@@ -81,37 +80,6 @@ def resume(
         now.write(output / "spec.json")
         box = train_box(now, facts.tag, folder, mounts, output, use_gpus)
         _run(chosen, replace(box, command=("train", "--resume", point.name)), now, output)
-
-
-def infer(folder: Path, prompt: str, engine_name: str, gpus: str, max_new_tokens: int) -> None:
-    """Answer a prompt from a trained folder, or chat."""
-    with _opened(folder, engine_name, gpus) as (chosen, box):
-        command = ("infer", "--max-new-tokens", str(max_new_tokens), *(("--prompt", prompt) if prompt else ()))
-        if not prompt:
-            finished = chosen.run(replace(box, command=command, interactive=True))
-            Watcher().raise_for(finished)
-            return
-        _watched(chosen, replace(box, command=command, env={**box.env, **Watcher.env}))
-
-
-def merge(folder: Path, target: Path | None, engine_name: str) -> None:
-    """Write adapter + base as one model into `target`, whole or not at all."""
-    target = (target or folder.parent / "merged").absolute()
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError("is not empty", place=str(target), remedy="name another folder: OUTPUT=...")
-    staged = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        with _opened(folder, engine_name, "none") as (chosen, box):
-            mounts = (*box.mounts, Mount(staged, BOX_OUTPUT, read_only=False))
-            _watched(chosen, replace(box, command=("merge",), mounts=mounts, env={**box.env, **Watcher.env}))
-        if target.exists():
-            target.rmdir()
-        staged.rename(target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    ui.say(f"merged model: {target}")
 
 
 def build(names: list[str], engine_name: str) -> None:
@@ -189,12 +157,12 @@ def _run(chosen: Engine, box: Box, spec: RunSpec, output: Path) -> None:
         stopped.remedy = f"go on with: make resume{_output_argument(output)}"
         raise
     except TrainboxError as error:
-        error.place = _on_host(error.place, box.mounts)
+        error.place = on_host(error.place, box.mounts)
         raise
     _summary(output)
 
 
-def _on_host(place: str, mounts: tuple[Mount, ...]) -> str:
+def on_host(place: str, mounts: tuple[Mount, ...]) -> str:
     """A place in the box by the path that the person knows it by."""
     for mount in mounts:
         if re.match(rf"{re.escape(mount.target)}($|[/:])", place):
@@ -218,12 +186,6 @@ def _sync_wandb(chosen: Engine, box: Box, output: Path) -> None:
     step = Box(image=box.image, command=("sync-wandb",), mounts=mounts, network=True, secrets={"WANDB_API_KEY": key})
     if chosen.run(step).exit_code:
         ui.warn("wandb: the run could not be sent; it is kept in logs/wandb")
-
-
-def _watched(chosen: Engine, box: Box) -> None:
-    with Watcher() as watcher:
-        finished = chosen.run(box, watcher.on_line)
-    watcher.raise_for(finished)
 
 
 def _summary(output: Path) -> None:
@@ -327,7 +289,7 @@ def _checkpoint(output: Path, name: str, found: dict[str, Any]) -> Path:
     return newest
 
 
-def _pinned(spec: RunSpec) -> Recipe:
+def pinned_recipe(spec: RunSpec) -> Recipe:
     """The recipe with the commits that its branches stood for when the run began: they may have moved on."""
     recipe = spec.recipe
     model = recipe.model.model_copy(update={"revision": spec.model.revision or recipe.model.revision})
@@ -335,7 +297,7 @@ def _pinned(spec: RunSpec) -> Recipe:
     return recipe.model_copy(update={"model": model, "data": rows})
 
 
-def _same_image(spec: RunSpec, chosen: Engine) -> ImageFacts:
+def same_image(spec: RunSpec, chosen: Engine) -> ImageFacts:
     """The very image of the run where it is still here, else the one that the sources make now."""
     kept = dict(spec.origin.get("image", {}))
     if isinstance(chosen, engine.Docker) and kept.get("id") and chosen.inspect(kept["id"]):
@@ -382,46 +344,6 @@ def _refuse_changes(lines: list[str], *, force: bool) -> None:
         place="resume",
         remedy="\n".join([*lines, "put it back, or go on all the same: FORCE=1 (the recorded recipe is what counts)"]),
     )
-
-
-# Using what was trained
-
-
-@contextlib.contextmanager
-def _opened(folder: Path, engine_name: str, gpus: str) -> Iterator[tuple[Engine, Box]]:
-    """A box that sees a trained folder and its base model, both read-only."""
-    if not folder.is_dir():
-        raise ConfigError("there is no such folder", place=str(folder), remedy="try CHECKPOINT=output/final")
-    if not any((folder / name).exists() for name in ("adapter_config.json", "config.json")):
-        remedy = "name output/final, a checkpoint, or a folder that merge wrote"
-        raise ConfigError("holds neither a model nor an adapter", place=str(folder), remedy=remedy)
-    chosen = engine.pick(engine_name)
-    spec_path = folder.resolve().parent / "spec.json"
-    mounts: tuple[Mount, ...] = (Mount(folder.resolve(), "/checkpoint"),)
-    if spec_path.exists():
-        spec = RunSpec.read(spec_path)
-        facts = _same_image(spec, chosen)
-        mounts = (*mounts, Mount(spec_path, BOX_SPEC))
-    else:
-        spec, facts = None, chosen.ensure("llm-lora")
-    if (folder / "adapter_config.json").exists():
-        mounts = (*mounts, Mount(_base_of(folder, spec, chosen, facts), BOX_MODEL))
-    use_gpus = hardware.check(gpus, facts.labels)
-    yield chosen, Box(image=facts.tag, command=(), mounts=mounts, env=OFFLINE, gpus=use_gpus)
-
-
-def _base_of(folder: Path, spec: RunSpec | None, chosen: Engine, facts: ImageFacts) -> Path:
-    if spec is not None:
-        model, path = download.model(_pinned(spec).model, chosen, facts.tag)
-        if model.hash != spec.model.hash:
-            raise ConfigError("the base model is no longer the one of the record", place=model.reference)
-        return path
-    from trainbox.spec.recipe import Model
-
-    config = json.loads((folder / "adapter_config.json").read_text())
-    named = Model(name=str(config["base_model_name_or_path"]), revision=config.get("revision"))
-    download.check_model(named)
-    return download.model(named, chosen, facts.tag)[1]
 
 
 def verify(output: Path) -> list[str]:

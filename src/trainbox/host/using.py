@@ -1,0 +1,279 @@
+"""Using what was trained: predictions, evaluation on new data, merged adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainbox.errors import ConfigError, TrainingError
+from trainbox.host import data, download, engine, hardware, ui
+from trainbox.host.box import Box, Mount
+from trainbox.host.image import ImageFacts
+from trainbox.host.pipeline import OFFLINE, Engine, on_host, pinned_recipe, recipe_folder, same_image
+from trainbox.host.watch import Watcher
+from trainbox.spec.asking import read_questions
+from trainbox.spec.events import metrics_text
+from trainbox.spec.load import nearest
+from trainbox.spec.recipe import Model
+from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, BOX_SPEC, RunSpec, write_json
+
+FALLBACK = "text-classifier"
+"""Whose image serves a folder that no run of ours made: it has every task's libraries."""
+COMBINATIONS = (
+    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+)  # fmt: skip
+"""PEFT's ways to add adapters."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A folder that a training left, with the spec of its run where there is one."""
+
+    folder: Path
+    spec: RunSpec | None
+    adapter: dict[str, Any]
+    """What adapter_config.json says; empty for a whole model."""
+
+
+def find_trained(folder: Path) -> Trained:
+    """Look at a folder. Raises ConfigError where it holds neither model nor adapter."""
+    if not folder.is_dir():
+        raise ConfigError("there is no such folder", place=str(folder), remedy="try CHECKPOINT=output/final")
+    if not any((folder / name).exists() for name in ("adapter_config.json", "config.json")):
+        remedy = "name output/final, a checkpoint, or a folder that merge wrote"
+        raise ConfigError("holds neither a model nor an adapter", place=str(folder), remedy=remedy)
+    path = folder.resolve().parent / "spec.json"
+    config = folder / "adapter_config.json"
+    adapter = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    return Trained(folder.resolve(), RunSpec.read(path) if path.exists() else None, adapter)
+
+
+def parse_adapters(pairs: list[str]) -> dict[str, Path]:
+    """`name=path` pairs. Raises ConfigError for one that is none, or a name given twice."""
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not name.isidentifier() or not path or name in found:
+            fault = f"{pair!r} is not name=path" if name not in found else f"{name} is given twice"
+            raise ConfigError(fault, place="adapter", remedy="write --adapter polite=output-a/final")
+        found[name] = Path(path)
+    return found
+
+
+def infer(
+    folder: Path,
+    adapters: dict[str, Path],
+    engine_name: str,
+    gpus: str,
+    *,
+    prompt: str = "",
+    source: Path | None = None,
+    target: Path | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+) -> None:
+    """Predict for a prompt, for each row of `source`, or for what is typed."""
+    trained = _trained(folder, adapters)
+    target = (target or Path("answers.jsonl")).absolute()
+    command = ["infer", "--batch-size", str(batch_size)]
+    if max_new_tokens:
+        command += ["--max-new-tokens", str(max_new_tokens)]
+    mounts: tuple[Mount, ...] = ()
+    if source:
+        _check_rows(trained, source, target)
+        command += ["--input", f"/input/{source.name}"]
+        mounts = (Mount(source.resolve(), f"/input/{source.name}"),)
+    elif prompt:
+        command += ["--prompt", prompt]
+    with _opened(trained, engine_name, gpus) as (chosen, box):
+        box = replace(box, command=(*command, *_named(trained)), mounts=(*box.mounts, *mounts))
+        if not source and not prompt:
+            Watcher().raise_for(chosen.run(replace(box, interactive=True)))
+        elif not source:
+            _watched(chosen, box)
+        else:
+            with _staged(target) as staged:
+                _watched(chosen, replace(box, mounts=(*box.mounts, Mount(staged, BOX_OUTPUT, read_only=False))))
+                (staged / "answers.jsonl").replace(target)
+            ui.say(f"answers: {target}")
+
+
+def evaluate(folder: Path, path: str, target: Path | None, engine_name: str, gpus: str) -> None:
+    """The recipe's metrics on new data, printed and kept as JSON."""
+    (trained,) = _trained(folder, {}).values()
+    spec = trained.spec
+    if spec is None:
+        remedy = "name the folder of a run: its spec.json says how to read the data"
+        raise ConfigError("no run of Trainbox made it", place=str(folder), remedy=remedy)
+    recipe = pinned_recipe(spec)
+    known = {"labels": spec.data.labels} if spec.data.labels else {}
+    new = {"path": os.path.realpath(path) if Path(path).exists() else path, "revision": None, "validation_file": None}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={**new, "test_file": None, **known})})
+    rows, mounts = data.check_for_evaluation(recipe, recipe_folder(spec.choices["recipe"]))
+    rows = rows.model_copy(update={"labels": spec.data.labels})
+    name = f"{Path(path).stem or 'data'}-{rows.hash[:8]}.json"
+    target = (target or trained.folder.parent / "evaluations" / name).absolute()
+    _refuse_existing(target)
+    asked = spec.model_copy(update={"recipe": recipe, "data": rows})
+    with _opened({"default": trained}, engine_name, gpus, asked) as (chosen, box), _staged(target) as staged:
+        mounts = (*box.mounts, *mounts, Mount(staged, BOX_OUTPUT, read_only=False))
+        _watched(chosen, replace(box, command=("evaluate",), mounts=mounts))
+        found = json.loads((staged / "evaluation.json").read_text(encoding="utf-8"))
+        write_json(target, {"checkpoint": str(trained.folder), "data": rows.model_dump(mode="json"), **found})
+    ui.say(metrics_text(found["metrics"]))
+    ui.say(f"evaluation: {target}")
+
+
+def merge(
+    folder: Path, adapters: dict[str, Path], weights: list[float], combination: str, target: Path | None, name: str
+) -> None:
+    """Write adapter + base as one model, or several adapters as one by weight, whole or not at all."""
+    trained = _trained(folder, adapters)
+    if adapters:
+        _check_weights(adapters, weights, combination)
+    first = next(iter(trained.values()))
+    target = (target or first.folder.parent / ("combined" if adapters else "merged")).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError("is not empty", place=str(target), remedy="name another folder: OUTPUT=...")
+    command = ["merge"]
+    if adapters:
+        command += ["--combination", combination, "--weights", *map(str, weights)]
+    with _opened(trained, name, "none") as (chosen, box), _staged(target) as staged:
+        mounts = (*box.mounts, Mount(staged, BOX_OUTPUT, read_only=False))
+        _watched(chosen, replace(box, command=(*command, *_named(trained)), mounts=mounts))
+        if target.exists():
+            target.rmdir()
+        staged.rename(target)
+    ui.say(f"merged {'adapter' if adapters else 'model'}: {target}")
+
+
+def _check_weights(adapters: dict[str, Path], weights: list[float], combination: str) -> None:
+    if len(weights) != len(adapters):
+        fault = f"{len(weights)} weights for {len(adapters)} adapters"
+        raise ConfigError(fault, place="weights", remedy='one for each: --weights "0.7 0.3"')
+    if combination not in COMBINATIONS:
+        remedy = f"{nearest(combination, COMBINATIONS)}\nknown: {', '.join(COMBINATIONS)}".strip()
+        raise ConfigError(f"{combination!r} is no way to add adapters", place="combination", remedy=remedy)
+
+
+# One or more trained folders in a box
+
+
+def _trained(folder: Path, adapters: dict[str, Path]) -> dict[str, Trained]:
+    """What is used, by name. Raises ConfigError where the adapters do not go together."""
+    if not adapters:
+        return {"default": find_trained(folder)}
+    found = {name: find_trained(path) for name, path in adapters.items()}
+    (first_name, first), *others = found.items()
+    for name, each in [(first_name, first), *others]:
+        if not each.adapter:
+            raise ConfigError("is no adapter", place=f"{name}={each.folder}", remedy="name the folder of an adapter")
+        for what in ("base_model_name_or_path", "revision", "task_type"):
+            if each.adapter.get(what) != first.adapter.get(what):
+                fault = f"{what} is {each.adapter.get(what)!r}, that of {first_name} {first.adapter.get(what)!r}"
+                raise ConfigError(fault, place=f"{name}={each.folder}", remedy="use adapters of one base and task")
+    return found
+
+
+def _named(trained: dict[str, Trained]) -> list[str]:
+    if list(trained) == ["default"]:
+        return []
+    return [part for name in trained for part in ("--adapter", f"{name}=/adapters/{name}")]
+
+
+@contextlib.contextmanager
+def _opened(
+    trained: dict[str, Trained], engine_name: str, gpus: str, asked: RunSpec | None = None
+) -> Iterator[tuple[Engine, Box]]:
+    """A box that sees the trained folders, the spec and the base model, all read-only."""
+    first = next(iter(trained.values()))
+    chosen = engine.pick(engine_name)
+    facts = same_image(first.spec, chosen) if first.spec else chosen.ensure(FALLBACK)
+    mounts = [
+        Mount(each.folder, "/checkpoint" if name == "default" else f"/adapters/{name}")
+        for name, each in trained.items()
+    ]
+    if first.adapter or (first.spec and first.spec.recipe.task == "preference"):  # whose reference is the base
+        mounts.append(Mount(_base_of(first, chosen, facts), BOX_MODEL))
+    use_gpus = hardware.check(gpus, facts.labels)
+    with contextlib.ExitStack() as stack:
+        if first.spec:
+            path = first.folder.parent / "spec.json"
+            if asked:
+                path = stack.enter_context(_written(asked))
+            mounts.append(Mount(path, BOX_SPEC))
+        env = {**OFFLINE, **Watcher.env}
+        yield chosen, Box(image=facts.tag, command=(), mounts=tuple(mounts), env=env, gpus=use_gpus)
+
+
+@contextlib.contextmanager
+def _written(spec: RunSpec) -> Iterator[Path]:
+    """A spec in a file of its own, for as long as it is needed."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="trainbox-") as folder:
+        path = Path(folder) / "spec.json"
+        spec.write(path)
+        Path(folder).chmod(0o755)
+        path.chmod(0o644)
+        yield path
+
+
+def _base_of(trained: Trained, chosen: Engine, facts: ImageFacts) -> Path:
+    if trained.spec is not None:
+        model, path = download.model(pinned_recipe(trained.spec).model, chosen, facts.tag)
+        if model.hash != trained.spec.model.hash:
+            raise ConfigError("the base model is no longer the one of the record", place=model.reference)
+        return path
+    config = trained.adapter
+    named = Model(name=str(config["base_model_name_or_path"]), revision=config.get("revision"))
+    download.check_model(named)
+    return download.model(named, chosen, facts.tag)[1]
+
+
+def _check_rows(trained: dict[str, Trained], source: Path, target: Path) -> None:
+    """Every row can be predicted from, and names an adapter that is there: found before anything is started."""
+    _refuse_existing(target)
+    spec = next(iter(trained.values())).spec
+    if not source.is_file():
+        raise ConfigError("there is no such file", place=str(source), remedy="check INPUT=")
+    if spec is None:
+        return  # the box tells the task from the model, and checks
+    for place, row in read_questions(spec.recipe, source):
+        if len(trained) > 1 and row.get("adapter") and row["adapter"] not in trained:
+            hint = nearest(str(row["adapter"]), trained)
+            raise ConfigError(f"there is no adapter {row['adapter']!r}", place=place, remedy=hint)
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise ConfigError("is there already", place=str(target), remedy="name another file: OUTPUT=...")
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder beside the target for the box to write into; what is left in it goes."""
+    staged = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _watched(chosen: Engine, box: Box) -> None:
+    with Watcher() as watcher:
+        finished = chosen.run(box, watcher.on_line)
+    try:
+        watcher.raise_for(finished)
+    except (ConfigError, TrainingError) as error:
+        error.place = on_host(error.place, box.mounts)
+        raise
