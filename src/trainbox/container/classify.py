@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -30,9 +31,14 @@ from trainbox.spec.rows import Row
 from trainbox.spec.run import RunSpec
 
 
+class Trainer(shared.BoxTrainer, transformers.Trainer):  # type: ignore[misc]
+    """transformers' trainer as it is."""
+
+
 class Classification(Task):
     """What both share: a head with a label for each ID, and figures by label."""
 
+    trainer_class = Trainer
     config_class = TrainingArguments
 
     def __init__(self, spec: RunSpec) -> None:
@@ -143,37 +149,11 @@ class TextEncoder(Encoder):
         return *inputs, length, label
 
 
-class WeightedTrainer(shared.BoxTrainer, transformers.Trainer):  # type: ignore[misc]
-    """The Trainer, with a weight for each label in the loss where the recipe asks for it."""
-
-    label_weights: torch.Tensor | None = None
-    multi_label = False
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The model's own loss, or the weighted mean over the rows."""
-        if self.label_weights is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        logits = outputs.logits.float()
-        weights = self.label_weights.to(logits.device)
-        if self.multi_label:
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights)
-        else:
-            # Not the weighted mean of PyTorch, which would make a row's weight depend on the others in its batch.
-            loss = torch.nn.functional.cross_entropy(logits, labels, weight=weights, reduction="sum") / len(labels)
-        inputs["labels"] = labels
-        return (loss, outputs) if return_outputs else loss
-
-
 class TextClassification(Classification):
     """A label for a text, or with multi_label any number of them."""
 
     auto_class = AutoModelForSequenceClassification
     adapter_type = "SEQ_CLS"
-    trainer_class = WeightedTrainer
     encoder_class = TextEncoder
 
     @property
@@ -185,13 +165,13 @@ class TextClassification(Classification):
         kind = "multi_label_classification" if self._multi else "single_label_classification"
         return {**super().model_config(), "problem_type": kind}
 
-    def build_trainer(self, model: Any, data: dict[str, Any], interrupt: shared.Interrupt) -> Any:
-        """The trainer, with the labels' weights."""
-        trainer = super().build_trainer(model, data, interrupt)
-        trainer.multi_label = self._multi
-        if self.recipe.classification.class_weights and "train" in data:
-            trainer.label_weights = torch.tensor(self._weights(data["train"]), dtype=torch.float32)
-        return trainer
+    def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
+        """With the labels' weights in the loss, where the recipe has any."""
+        arguments = super().trainer_arguments(model, data)
+        if self.recipe.classification.class_weights:
+            weights = torch.tensor(self._weights(data["train"]), dtype=torch.float32)
+            arguments["compute_loss_func"] = functools.partial(shared.label_loss, weights=weights)
+        return arguments
 
     def _weights(self, rows: Any) -> list[float]:
         """By label. balanced: rows / (labels x rows of the label); for several labels, absent / present."""
@@ -318,16 +298,11 @@ class WordEncoder(Encoder):
         return lines
 
 
-class TokenTrainer(shared.BoxTrainer, transformers.Trainer):  # type: ignore[misc]
-    """The Trainer as it is."""
-
-
 class TokenClassification(Classification):
     """A tag for each word: entities in IOB tags, or parts of speech and the like."""
 
     auto_class = AutoModelForTokenClassification
     adapter_type = "TOKEN_CLS"
-    trainer_class = TokenTrainer
     encoder_class = WordEncoder
 
     def __init__(self, spec: RunSpec) -> None:

@@ -105,7 +105,8 @@ class Task:
 
     def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `trainer_class`, besides the shared ones, with the model that is trained."""
-        return {"model": base_model.adapt(self.recipe, model, self.adapter_type)}
+        adapted = base_model.adapt(self.recipe, model, self.adapter_type)
+        return {"model": adapted, "compute_loss_func": shared.label_loss}
 
     def before(self, model: Any, data: dict[str, Any], resume: Path | None) -> None:
         """What is looked at before training."""

@@ -319,7 +319,7 @@ def arguments(training: Training, *, has_validation: bool) -> dict[str, Any]:
     values = training.model_dump(exclude=own)
     chosen = precision(training)
     strategy = training.eval_strategy
-    if strategy == "auto":
+    if strategy == "auto" or not has_validation:
         strategy = "steps" if has_validation else "no"
     if strategy != "no" and training.save_strategy == "epoch" and training.eval_strategy == "auto":
         strategy = "epoch"
@@ -370,6 +370,24 @@ def evaluate(trainer: Any, rows: Any, prefix: str) -> dict[str, float]:
     emit("stage", text=f"evaluating the {prefix} data")
     found = trainer.evaluate(rows, metric_key_prefix=prefix)
     return {key: value for key, value in found.items() if isinstance(value, int | float)}
+
+
+def label_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross entropy over the learned labels of a whole optimizer step, however many passes it is done in.
+
+    Labels are IDs, -100 where nothing is learned, or for several labels at once 0.0 and 1.0 (batch, labels); `weights`
+    has one for each label. A model's own loss is the mean of one pass: with accumulation, short rows would count more.
+    """
+    logits = outputs["logits"].float()
+    weights = None if weights is None else weights.to(logits.device)
+    if labels.is_floating_point():
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="sum")
+    else:
+        flat = logits.reshape(-1, logits.shape[-1])
+        loss = torch.nn.functional.cross_entropy(flat, labels.reshape(-1), weight=weights, reduction="sum")
+    return loss / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -166,6 +166,8 @@ def _converse(task: Task, model: Any, names: list[str], settings: Settings) -> N
 def evaluate(task: Task, folder: Path) -> None:
     """The metrics of new rows, which the spec has as its test data, into /output; as a training would find them."""
     adapter = _json(folder / "adapter_config.json")
+    alone = {"load_best_model_at_end": False, "early_stopping_patience": None}
+    task.recipe = task.recipe.model_copy(update={"training": task.recipe.training.model_copy(update=alone)})
     if adapter:  # what PiSSA trained was turned into a plain adapter of twice the rank
         task.recipe = _with_lora_of(task.recipe, adapter)
     task.tokenizer = task.load_tokenizer(folder)

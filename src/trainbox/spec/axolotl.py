@@ -61,7 +61,11 @@ def _path(value: Any, given: Given) -> Outcome:
 
 
 def _files(value: Any, given: Given) -> Outcome:
-    return _path(given["datasets.0.path"], given) if len(words(value)) == 1 else Why("name one file, or a folder")
+    return (
+        _path(given.get("datasets.0.path", "json"), given)
+        if len(words(value)) == 1
+        else Why("name one file, or a folder")
+    )
 
 
 DPO_TYPES = {

@@ -77,7 +77,7 @@ def _described(given: Given, path: Path) -> tuple[Tree, dict[str, str]]:
             entry = known.get(str(name))
             for key, value in flat(entry) if isinstance(entry, dict) else ():
                 full = f"{role}_info.{index}.{key}"
-                out[full] = str(folder / str(value)) if key == "file_name" else value
+                out[full] = str((folder / str(value)).resolve()) if key == "file_name" else value
                 at[full] = f"{place}:{lines.get(f'{name}.{key}', 1)}"
     return out, at
 
@@ -86,7 +86,7 @@ def _data(role: str, target: str) -> Callable[[Any, Given], Outcome]:
     def rule(value: Any, given: Given) -> Outcome:
         source = given.get(f"{role}_info.0.file_name", given.get(f"{role}_info.0.hf_hub_url"))
         if len(words(value)) > 1:
-            return Why("one data set a run: put the files into one folder")
+            return Why("one data set a run, here the first: put the files into one folder")
         return {target: source} if source else Why("dataset_info.json does not say where it is: name it by DATA=")
 
     return rule
