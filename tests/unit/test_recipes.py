@@ -1,6 +1,7 @@
 """Every shipped recipe: it loads in every profile, its sample can be learned from, its files are all there."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -57,14 +58,71 @@ def test_the_schema_for_editors_is_the_one_that_the_fields_make():
     assert json.loads((paths.REPO / "recipes/recipe.schema.json").read_text()) == explaining.schema()
 
 
-def test_the_schema_knows_every_key_of_the_shipped_recipes_and_the_other_names():
+def resolved(node, schema):
+    return schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+
+
+def unknown_keys(value, node, schema):
+    """Keys of a value that its part of the schema does not know."""
+    node = resolved(node, schema)
+    if isinstance(value, list) and "items" in node:
+        return [key for below in value for key in unknown_keys(below, node["items"], schema)]
+    if not isinstance(value, dict) or "properties" not in node:
+        return []
+    assert node["additionalProperties"] is False
+    known = node["properties"]
+    here = [key for key in value if key not in known]
+    return here + [key for name in value.keys() & known for key in unknown_keys(value[name], known[name], schema)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_schema_of_its_task_knows_every_key_of_a_recipe_and_of_its_profiles(name):
     schema = explaining.schema()
-    training = schema["$defs"]["Training"]["properties"]
-    assert {"num_train_epochs", "num_epochs", "batch_size", "evaluation_strategy"} <= set(training)
-    for name in RECIPES:
-        tree = yaml.safe_load((paths.REPO / "recipes" / name / "recipe.yaml").read_text())
-        assert set(tree) <= set(schema["properties"])
-        assert set(tree.get("training", {})) <= set(training)
+    tree = yaml.safe_load((paths.REPO / "recipes" / name / "recipe.yaml").read_text())
+    (case,) = [
+        case for case in schema["oneOf"] if resolved(case, schema)["properties"]["task"]["const"] == tree["task"]
+    ]
+    assert unknown_keys(tree, case, schema) == []
+    profile = resolved(case, schema)["properties"]["profiles"]["additionalProperties"]
+    for below in tree["profiles"].values():
+        assert unknown_keys(below, profile, schema) == []
+    assert unknown_keys({"lora": {"rank": 1}, "modle": {}}, case, schema) == ["modle", "rank"]
+
+
+def test_the_schema_knows_the_other_names_and_every_section_has_its_own_definition():
+    schema = explaining.schema()
+    assert {"num_train_epochs", "num_epochs", "batch_size"} <= set(schema["$defs"]["Training"]["properties"])
+    cases = [resolved(case, schema)["properties"] for case in schema["oneOf"]]
+    ranks = {case["task"]["const"]: resolved(case["lora"], schema)["properties"]["r"]["default"] for case in cases}
+    assert (ranks["sft"], ranks["seq2seq"]) == (64, 8)
+    (rewards,) = [case["rewards"] for case in cases if "rewards" in case]
+    assert resolved(rewards["items"], schema)["required"] == ["type"]
+    references = re.findall(r'"#/\$defs/(\w+)"', json.dumps(schema))
+    assert set(references) == set(schema["$defs"])
+
+
+def test_explain_prints_a_field_once_with_its_defaults_by_task_and_the_tasks_that_have_it(capsys):
+    explaining.explain("")
+    printed = capsys.readouterr().out.splitlines()
+    names = [line.partition(" ")[0] for line in printed if line and not line.startswith(" ")]
+    assert len(names) == len(set(names))
+    explaining.explain("lora.r")
+    assert capsys.readouterr().out.startswith("lora.r = 64 (sft, preference, grpo), 8 (masked-lm, ")
+    explaining.explain("lora.alpha")
+    assert capsys.readouterr().out.startswith("lora.alpha = 16.0  (number")
+    explaining.explain("training.learning_rate")
+    assert "2e-05 (text-classification, token-classification), 0.0003 (seq2seq)" in capsys.readouterr().out
+    explaining.explain("data.packing")
+    assert "    Only for sft.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["rewards", "rewards[]"])
+def test_explain_knows_the_fields_in_a_list_of_sections(section, capsys):
+    explaining.explain(section)
+    printed = capsys.readouterr().out
+    assert printed.startswith("rewards[].type = (needed)  (one of exact-match | ")
+    assert "rewards[].weight = 1.0  (number)" in printed
+    assert "lora" not in printed
 
 
 def test_explain_prints_every_field_and_names_the_nearest_for_a_typo(capsys):

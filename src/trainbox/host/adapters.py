@@ -54,6 +54,7 @@ def _row(path: Path) -> tuple[str, ...] | None:
         return None
     run = record.read(path.parent, missing_ok=True)
     recipe, metrics = run.get("recipe", {}), run.get("metrics", {})
+    base = run.get("model", {}).get("name") or base  # the name that was asked for, not where it was kept
     method = recipe.get("peft", {}).get("method") or kind.lower().replace("_", "-")
     rank = f" r={config['r']}" if config.get("r") else ""
     steps = step_of(path) if step_of(path) >= 0 else metrics.get("steps", "")
@@ -62,8 +63,8 @@ def _row(path: Path) -> tuple[str, ...] | None:
 
 
 def _megabytes(path: Path) -> str:
-    size = sum(file.stat().st_size for file in path.glob("adapter_model*"))
-    return f"{size / 1e6:.1f}"
+    size = sum(file.stat().st_size for file in path.glob("adapter_model*")) / 1e6
+    return f"{size:.1f}" if size >= 1 else f"{size:.2g}"
 
 
 def _metric(recipe: dict[str, Any], metrics: dict[str, Any]) -> str:

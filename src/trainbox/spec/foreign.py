@@ -326,6 +326,17 @@ def initial(value: Any, given: Given) -> Outcome:
     return Why("lora.init_lora_weights is default, gaussian, pissa or loftq")
 
 
+def learned(recipes: Callable[[Given], tuple[str, ...]]) -> Callable[[Any, Given], Outcome]:
+    """`data.loss_on`, of a flag that says whether the questions are learned too."""
+
+    def rule(value: Any, given: Given) -> Outcome:
+        if recipes(given) == ("llm-pretrain",):
+            return Why("all of a plain text is learned")
+        return {"data.loss_on": "all" if is_on(value) else "answers"}
+
+    return rule
+
+
 def share(value: Any, given: Given) -> Outcome:
     """`data.validation_split`, where a share is given and not a number of rows."""
     if float(value) >= 1:

@@ -240,7 +240,7 @@ def _explain_first(error: ValidationError, cls: type[Recipe], origin: Mapping[st
     exact = ".".join(str(part) for part in first["loc"])  # with the place in a list of sections
     candidates = [key for key in origin if key in (exact, dotted, *_aliases_of(dotted, cls))]
     key = candidates[-1] if candidates else exact if re.match(r"\w+\.\d+\.", exact) else dotted
-    dotted = next((name for name, _ in fields(cls) if name.replace("[]", "") == dotted), dotted)
+    dotted = _shown(dotted, cls)
     while key and key not in origin and "." in key:
         key = key.rpartition(".")[0]
     at = origin.get(key, place)
@@ -254,6 +254,13 @@ def _explain_first(error: ValidationError, cls: type[Recipe], origin: Mapping[st
     given = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f", not {first['input']!r}"
     fault = f"{dotted}: {message[:1].lower()}{message[1:]}{given}"
     return ConfigError(fault, place=at, remedy=f"`invoke explain {dotted}` tells its type and meaning{more}")
+
+
+def _shown(dotted: str, cls: type[Section]) -> str:
+    """A field as `explain` lists it: `rewards[].type` in a list of sections."""
+    sections = {name.rpartition(".")[0] for name, _ in fields(cls)}
+    section, dot, leaf = dotted.rpartition(".")
+    return next((name for name in sections if name.replace("[]", "") == section), section) + dot + leaf
 
 
 def _aliases_of(dotted: str, cls: type[Section]) -> list[str]:

@@ -105,6 +105,7 @@ adapter: lora
 lora_r: 8
 lora_alpha: 16
 sample_packing: true
+train_on_inputs: false
 learning_rate: 1e-4
 """
 FACTORY_SFT = """
@@ -317,7 +318,7 @@ def test_what_axolotl_does_where_a_key_is_absent_is_carried_over_too(here, capsy
 def test_plain_text_is_for_pre_training(here):
     name, recipe = bring(here, "axolotl-text.yml")
     assert (name, recipe.data.format, recipe.data.columns) == ("llm-pretrain", "text", {"text": "text"})
-    assert recipe.data.packing_strategy == "wrapped"
+    assert (recipe.data.packing_strategy, recipe.data.loss_on) == ("wrapped", "all")
     name, recipe = bring(here, "factory-text.yaml")
     assert (name, recipe.data.columns, recipe.lora.use_dora) == ("llm-pretrain", {"text": "body"}, True)
     assert recipe.data.path == str(here / "data/c4_demo.jsonl")

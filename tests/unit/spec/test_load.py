@@ -332,3 +332,98 @@ def test_any_setting_loads_or_is_refused(load, keys, value):
 @example(name="a\0@b")
 def test_any_model_and_data_name_loads_or_is_refused(load, name):
     loads_or_refuses(load, "task: sft\n", model=name, data=name)
+
+
+# --- a file of overrides: over the profile, under MODEL=, DATA= and SET=
+
+RECIPE = "task: sft\nlora: {r: 1, alpha: 1, dropout: 0.5}\nprofiles: {tiny: {lora: {r: 2, alpha: 2}}}\n"
+
+
+@pytest.fixture
+def with_config(load, tmp_path):
+    """Load a recipe with a file of overrides of this text."""
+
+    def from_texts(config, *settings, recipe=RECIPE, **choices):
+        (tmp_path / "mine.yaml").write_text(config)
+        return load(recipe, *settings, config=str(tmp_path / "mine.yaml"), **choices)
+
+    return from_texts
+
+
+def test_a_config_overrides_the_profile_and_is_overridden_by_settings(with_config):
+    lora = with_config("lora: {alpha: 3, r: 3}\n", "lora.r=4", profile="tiny").lora
+    assert (lora.r, lora.alpha, lora.dropout) == (4, 3, 0.5)
+
+
+def test_a_config_wins_whatever_name_of_a_field_it_uses(with_config):
+    assert with_config("lora: {lora_alpha: 3}\n").lora.alpha == 3
+
+
+def test_a_configs_source_has_none_of_the_pins_and_files_of_the_recipes(with_config):
+    recipe = "task: sft\nmodel: {name: a/b, revision: v1, sha256: abc}\ndata: {path: a, validation_file: b}\n"
+    loaded = with_config("model: {name: c/d}\ndata: {path: e/f, test_file: g}\n", recipe=recipe)
+    assert (loaded.model.revision, loaded.model.sha256) == (None, None)
+    assert (loaded.data.validation_file, loaded.data.test_file) == (None, "g")
+    assert with_config("lora: {r: 3}\n", recipe=recipe).model.sha256 == "abc"
+
+
+def test_model_and_data_override_a_config(with_config):
+    loaded = with_config("model: {name: c/d, revision: x}\ndata: {path: e/f}\n", model="g/h", data="i/j")
+    assert (loaded.model.name, loaded.model.revision, loaded.data.path) == ("g/h", None, "i/j")
+
+
+def test_relative_paths_of_a_config_start_at_its_folder(with_config, tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "val.jsonl").write_text("")
+    (tmp_path / "reward.py").write_text("")
+    monkeypatch.chdir("/")
+    loaded = with_config("data: {path: rows, validation_file: ./val.jsonl}\nmodel: {name: org/name}\n")
+    assert (loaded.data.path, loaded.data.validation_file) == (str(tmp_path / "rows"), str(tmp_path / "val.jsonl"))
+    assert loaded.model.name == "org/name"
+    rewards = with_config("rewards: [{type: python, file: reward.py}]\n", recipe="task: grpo\n").rewards
+    assert rewards[0].file == str(tmp_path / "reward.py")
+
+
+def test_a_config_names_its_recipe_and_no_other_is_laid_under_it(with_config, refuses):
+    assert with_config("recipe: demo\nlora: {r: 3}\n").lora.r == 3
+    with refuses(2, "mine.yaml:2: is for recipe other, but RECIPE is demo"):
+        with_config("lora: {r: 3}\nrecipe: other\n")
+    with refuses(2, "mine.yaml:1: task is grpo, but recipe demo is for sft"):
+        with_config("task: grpo\n")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("lora:\n  rank: 3\n", ("mine.yaml:2: lora.rank is not a field", "did you mean lora.r?")),
+        ("trainng: {}\n", ("mine.yaml:1", "did you mean training?")),
+        ("profiles: {}\n", ("mine.yaml:1", "profiles")),
+        ("lora:\n  r: many\n", ("mine.yaml:2: lora.r: ", "'many'")),
+        ("lora:\n  lora_alpha: x\n", ("mine.yaml:2: lora.alpha: ",)),
+        ("lora: 3\n", ("mine.yaml:1",)),
+        ("", ("mine.yaml: holds no",)),
+        ("base_model: a/b\n", ("mine.yaml: is an axolotl configuration", "make import FILE=")),
+    ],
+)
+def test_a_faulty_config_is_refused_with_its_place(with_config, refuses, config, words):
+    with refuses(2, *words):
+        with_config(config)
+
+
+def test_a_config_that_is_not_there_is_refused(load, refuses):
+    with refuses(2, "nowhere.yaml: cannot be read: No such file"):
+        load(RECIPE, config="nowhere.yaml")
+
+
+def test_a_fault_in_a_list_of_sections_is_told_with_its_line(load, refuses):
+    text = "task: grpo\nrewards:\n  - type: json\n  - type: regex\n    patern: x\nprofiles:\n  p:\n    rewards:\n"
+    with refuses(2, "recipes/demo/recipe.yaml:5: rewards[].patern is not a field", "did you mean rewards[].pattern?"):
+        load(text + "      - type: json\n")
+    with refuses(2, "recipes/demo/recipe.yaml:10: rewards", "needs pattern"):
+        load(text.replace("    patern: x\n", "    pattern: x\n\n") + "      - type: regex\n", profile="p")
+
+
+@given(text=st.text() | YAMLISH | TREES.map(yaml.safe_dump) | st.just("recipe: [1]\nrewards: 3\n"))
+def test_any_text_as_a_config_loads_or_is_refused(load, tmp_path, text):
+    (tmp_path / "any.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    loads_or_refuses(load, RECIPE, config=str(tmp_path / "any.yaml"))
