@@ -23,7 +23,7 @@ infer: setup ## ask a trained model: make infer [CHECKPOINT=output/final] [PROMP
 evaluate: setup ## the recipe's metrics on new data: make evaluate [CHECKPOINT=output/final] DATA=new.jsonl
 	@$(INVOKE) evaluate --checkpoint "$$CHECKPOINT" --data "$$DATA" --output "$$OUTPUT" --engine "$$ENGINE" --gpus "$$GPUS"
 
-merge: setup ## write adapter + base as one model [CHECKPOINT=output/final OUTPUT=merged], or several adapters as one: ADAPTERS="a=path b=path" WEIGHTS="0.7 0.3" [COMBINATION=linear]
+merge: setup ## write adapter + base as one model [CHECKPOINT=output/final OUTPUT=merged], or several adapters as one: ADAPTERS="a=path b=path" WEIGHTS="0.7 0.3" [COMBINATION=cat|svd|linear..]
 	@$(INVOKE) merge --checkpoint "$$CHECKPOINT" --adapter "$$ADAPTERS" --weights "$$WEIGHTS" --combination "$$COMBINATION" --output "$$OUTPUT" --engine "$$ENGINE"
 
 verify: setup ## recheck a run's files against its record: make verify [OUTPUT=output]

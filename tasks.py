@@ -150,7 +150,10 @@ def evaluate(c, checkpoint="output/final", data="", output="", engine="", gpus="
 
 @verb(
     iterable=["adapter"],
-    help={"adapter": "name=path; several are added by weight", "combination": "linear, cat, svd, ties ... (PEFT's)"},
+    help={
+        "adapter": "name=path; several are added by weight",
+        "combination": "cat (exact, the default), svd, linear, ties ... (PEFT's)",
+    },
 )
 def merge(c, adapter, checkpoint="output/final", weights="", combination="", output="", engine=""):
     """Write adapter + base as one model, or several adapters as one."""
@@ -164,7 +167,7 @@ def merge(c, adapter, checkpoint="output/final", weights="", combination="", out
         Path(checkpoint or "output/final"),
         using.parse_adapters(_words(adapter)),
         numbers,
-        combination or "linear",
+        combination or "cat",
         Path(output) if output else None,
         engine or "auto",
     )

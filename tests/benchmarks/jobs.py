@@ -13,10 +13,10 @@ from typing import Any
 
 from trainbox.host import data, download, engine, paths, pipeline
 from trainbox.host.box import Box, Mount
-from trainbox.spec import dataset
 from trainbox.spec.events import Event, decode
+from trainbox.spec.formats import ChatReader
 from trainbox.spec.load import Choices, load_recipe
-from trainbox.spec.recipe import Data
+from trainbox.spec.recipe import SftRecipe
 from trainbox.spec.run import RunSpec
 
 HERE = Path(__file__).parent
@@ -92,19 +92,20 @@ def run(box: Box) -> Measured:
     return Measured(lines, found["rss"])
 
 
-def train(settings: list[str], model: Path, rows: Path, output: Path) -> Measured:
-    """A training as `make train` does it, from the check of the data on."""
-    choices = Choices(RECIPE, model=str(model), data=str(rows), set=tuple(settings))
-    folder = pipeline.recipe_folder(RECIPE)
+def train(settings: list[str], model: Path, rows: Path, output: Path, name: str = RECIPE, script: str = "") -> Measured:
+    """A training as `make train` does it, from the check of the data on; or another script in its place."""
+    choices = Choices(name, model=str(model), data=str(rows), set=tuple(settings))
+    folder = pipeline.recipe_folder(name)
     recipe = load_recipe(folder, choices)
     source, mounts = data.check(recipe, folder)
-    image = docker().ensure(RECIPE).tag
+    image = docker().ensure(name).tag
     pinned, model_folder = download.model(recipe.model, docker(), image)
     spec = RunSpec(recipe=recipe, model=pinned, data=source)
     output.mkdir(parents=True)
     spec.write(output / "spec.json")
     box = pipeline.train_box(spec, image, model_folder, mounts, output, use_gpus=False)
-    return run(replace(box, command=("python", "-m", "trainbox.container", *box.command)))
+    command = ("python", f"/bench/{script}") if script else ("python", "-m", "trainbox.container", *box.command)
+    return run(replace(box, command=command))
 
 
 def bare(arguments: dict[str, Any], model: Path, rows: Path) -> Measured:
@@ -132,8 +133,8 @@ def small_model() -> Path:
 
 def sample_turns() -> Iterator[list[dict[str, str]]]:
     """Question and answer from the recipes' samples, again and again."""
-    files = sorted((paths.REPO / "recipes").glob("llm-*/sample/train.jsonl"))
-    chats = [example["messages"] for _, example in dataset.read_examples(files, Data())]
+    files = [paths.REPO / "recipes" / name / "sample/train.jsonl" for name in ("llm-full", "llm-lora", "llm-qlora")]
+    chats = [example["messages"] for _, example in ChatReader(SftRecipe()).read(files)]
     return itertools.cycle(chats)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import classifier
 import harness
 import million
 import training
@@ -22,6 +23,7 @@ from rich.table import Table
 BENCHMARKS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "speed": training.speed,
     "packing": training.packing,
+    "classifier": classifier.classifier,
     "harness": harness.harness,
     "million": million.million,
     "cold-build": harness.cold_build,

@@ -53,15 +53,14 @@ def trained(output: Path, *arguments: str) -> dict[str, Any]:
 
 
 def mails(archive: tarfile.TarFile, kind: str, count: int) -> Iterator[str]:
-    """Subject and body of each mail, without the headers that name who sorted them."""
+    """Sender, subject and body of each mail, without the headers that name who sorted them."""
     names = sorted(name for name in archive.getnames() if f"/{kind}/" in name and name.endswith(".json"))
     for name in names[:count]:
         file = archive.extractfile(name)
         assert file
         head, _, body = json.load(file)["text"].partition("\n\n")
-        subject = re.search(r"^Subject: (.*)$", head, re.MULTILINE)
-        text = f"{subject[1] if subject else ''}\n{body}"
-        yield " ".join(re.sub(r"<[^>]*>", " ", text).split())[:2000] or "(empty)"
+        headers = re.findall(r"^(?:From|Subject): .*$", head, re.MULTILINE)
+        yield " ".join([*headers, *re.sub(r"<[^>]*>", " ", body).split()])[:1000]
 
 
 def test_minilm_tells_spam_from_other_mail(package: Callable[..., tarfile.TarFile], tmp_path: Path) -> None:

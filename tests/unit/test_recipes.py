@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from trainbox.host import explaining, paths, pipeline
-from trainbox.spec.dataset import check, find_splits
+from trainbox.spec.dataset import check, find_splits, reader
 from trainbox.spec.load import Choices, load_recipe
 
 RECIPES = pipeline.recipe_names()
@@ -25,8 +25,37 @@ def profiles(name):
 def test_a_recipe_loads_in_each_profile_and_its_sample_is_good_data(name, profile):
     folder = pipeline.recipe_folder(name)
     recipe = load_recipe(folder, Choices(name, profile))
-    facts = check(recipe, find_splits(recipe.data, folder))
-    assert facts.rows["train"] >= 100
+    splits = find_splits(recipe.data, folder)
+    facts = check(recipe, splits)
+    enough = {"train": 20_000, "validation": 2000} if is_text(facts) else {"train": 100, "validation": 10}
+    for split, least in enough.items():
+        characters = sum(path.stat().st_size for path in splits[split])
+        assert (characters if is_text(facts) else facts.rows[split]) >= least
+    assert facts.warnings == ()
+    assert len(facts.formats) == len({path.suffix for files in splits.values() for path in files})
+
+
+def is_text(facts):
+    """Whether a row is a whole file of plain text."""
+    return set(facts.formats) == {"text"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_held_out_row_of_a_sample_is_a_training_row(name):
+    folder = pipeline.recipe_folder(name)
+    recipe = load_recipe(folder, Choices(name))
+    known = {
+        split: {line for _, example in reader(recipe).read(files) for line in lines(example)}
+        for split, files in find_splits(recipe.data, folder).items()
+    }
+    for split in known.keys() - {"train"}:
+        assert known[split]
+        assert not known["train"] & known[split]
+
+
+def lines(example):
+    """Those of a text, else the whole example as one."""
+    return filter(None, example["text"].splitlines()) if set(example) == {"text"} else [json.dumps(example)]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     evaluate = commands.add_parser("evaluate", help="metrics of the spec's test data, to /output/evaluation.json")
     merge = commands.add_parser("merge", help="write adapter + base as one model, or adapters as one, to /output")
     merge.add_argument("--weights", type=float, nargs="*", default=[])
-    merge.add_argument("--combination", default="linear")
+    merge.add_argument("--combination", default="cat")
     for uses in (infer, evaluate, merge):
         uses.add_argument("--checkpoint", default="/checkpoint")
         uses.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
@@ -158,12 +158,27 @@ def _masked_lm() -> type[Task]:
     return MaskedLm
 
 
-TASKS: dict[str, Callable[[], type[Task]]] = {
+def _preference() -> Callable[[RunSpec], Task]:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trainbox.container.preference import preference
+
+    return preference
+
+
+def _grpo() -> type[Task]:
+    from trainbox.container.grpo import Grpo
+
+    return Grpo
+
+
+TASKS: dict[str, Callable[[], Callable[[RunSpec], Task]]] = {
     "sft": _sft,
     "text-classification": _text_classification,
     "token-classification": _token_classification,
     "seq2seq": _seq2seq,
     "masked-lm": _masked_lm,
+    "preference": _preference,
+    "grpo": _grpo,
 }
 """A new training method adds its class."""
 
@@ -267,6 +282,7 @@ def _keep_traceback(error: Exception) -> None:
 
 def _trained(command: argparse.Namespace) -> tuple[Task, dict[str, Path]]:
     """The task that can use what was trained, and the folders that hold it, by name."""
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # TRL would import it, half a second, unused
     from trainbox.container import use
 
     folders = use.named_adapters(command)

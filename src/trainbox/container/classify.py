@@ -26,6 +26,7 @@ from trainbox.container.prepare import TOKENS, Encoder, Placed, Stats
 from trainbox.container.report import emit
 from trainbox.container.task import Outcome, Settings, Task
 from trainbox.container.text import IGNORED, load_fast_tokenizer
+from trainbox.spec.asking import Question
 from trainbox.spec.labels import IOB
 from trainbox.spec.rows import Row
 from trainbox.spec.run import RunSpec
@@ -214,13 +215,14 @@ class TextClassification(Classification):
             out["confusion"] = scores.confusion_matrix(labels, found, labels=numbers).tolist()
         return out
 
-    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
+    def predict(self, model: Any, questions: list[Question], settings: Settings) -> list[Row]:
         """`{"label": ..., "probabilities": {...}}`, or `{"labels": [...], ...}` for several."""
-        pairs = [str(row["text_pair"]) for row in rows] if all(row.get("text_pair") for row in rows) else None
-        inputs = self.tokenizer(
-            [str(row["text"]) for row in rows], pairs, truncation=True, max_length=self.recipe.data.max_length,
-            padding=True, return_tensors="pt",
-        ).to(model.device)  # fmt: skip
+        # One by one, since pairs and single texts do not mix in a call.
+        encoded = [
+            self.tokenizer(each["text"], each.get("text_pair"), truncation=True, max_length=self.recipe.data.max_length)
+            for each in questions
+        ]
+        inputs = self.tokenizer.pad(encoded, return_tensors="pt").to(model.device)
         with torch.inference_mode():
             logits = model(**inputs).logits.float()
         shares = logits.sigmoid() if self._multi else logits.softmax(-1)
@@ -234,7 +236,7 @@ class TextClassification(Classification):
             )
         return said
 
-    def show(self, row: Row, said: Row) -> str:
+    def show(self, question: Question, said: Row) -> str:
         """The label, and how sure the model is of each."""
         best = sorted(said["probabilities"].items(), key=lambda item: -item[1])[:5]
         named = said.get("label") or ", ".join(said.get("labels", [])) or "(none)"
@@ -364,9 +366,9 @@ class TokenClassification(Classification):
         emit("note", text=f"accuracy {accuracy:.4f}, always saying the commonest tag {baseline:.4f}")
         return {"by_label": _by_label(names, figures), "majority_baseline": baseline}
 
-    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
+    def predict(self, model: Any, questions: list[Question], settings: Settings) -> list[Row]:
         """Each word's tag, and for entities where in the text they stand."""
-        split = [_words(row) for row in rows]
+        split = [_words(question) for question in questions]
         inputs = self.tokenizer(
             [[word for word, _, _ in words] for words in split], is_split_into_words=True, truncation=True,
             max_length=self.recipe.data.max_length, padding=True, return_tensors="pt",
@@ -383,30 +385,30 @@ class TokenClassification(Classification):
                 before = word
             tagged = [(*word, *best.get(number, ("O", 0.0))) for number, word in enumerate(words)]
             out: Row = {"tokens": [word for word, *_ in tagged], "tags": [tag for *_, tag, _ in tagged]}
-            said.append({**out, "entities": _entities(_text(rows[index]), tagged)} if self._entities else out)
+            said.append({**out, "entities": _entities(_text(questions[index]), tagged)} if self._entities else out)
         return said
 
-    def show(self, row: Row, said: Row) -> str:
+    def show(self, question: Question, said: Row) -> str:
         """The text with its entities marked, `[Berlin](LOC)`; or each word with its tag."""
         if not self._entities:
             return " ".join(f"{word}/{tag}" for word, tag in zip(said["tokens"], said["tags"], strict=True))
-        text, end, shown = _text(row), 0, ""
+        text, end, shown = _text(question), 0, ""
         for entity in said["entities"]:
             shown += f"{text[end : entity['start']]}[{entity['text']}]({entity['label']})"
             end = entity["end"]
         return shown + text[end:]
 
 
-def _text(row: Row) -> str:
-    return str(row["text"]) if row.get("text") else " ".join(row["tokens"])
+def _text(question: Question) -> str:
+    return str(question["text"]) if "text" in question else " ".join(question["tokens"])
 
 
-def _words(row: Row) -> list[tuple[str, int, int]]:
+def _words(question: Question) -> list[tuple[str, int, int]]:
     """Words with their places in the text: those of `tokens`, else runs of letters, and each other sign by itself."""
-    if row.get("text"):
-        return [(match[0], *match.span()) for match in re.finditer(r"\w+|[^\w\s]", str(row["text"]))] or [("", 0, 0)]
+    if "text" in question:
+        return [(match[0], *match.span()) for match in re.finditer(r"\w+|[^\w\s]", question["text"])]
     words, start = [], 0
-    for word in row["tokens"]:
+    for word in question["tokens"]:
         words.append((word, start, start + len(word)))
         start += len(word) + 1
     return words

@@ -7,25 +7,21 @@ from typing import Any
 import torch
 
 from trainbox.container.text import end_of_turn
-from trainbox.spec.formats import Message
+from trainbox.errors import DataError
+from trainbox.spec.asking import Question
 
 
-def answers(
-    model: Any, tokenizer: Any, conversations: list[list[Message]] | list[str], max_new_tokens: int
-) -> list[str]:
+def answers(model: Any, tokenizer: Any, questions: list[Question], max_new_tokens: int) -> list[str]:
     """The greedy answer to each conversation, or what each plain text goes on with."""
+    chats = "messages" in questions[0]
+    texts = [_up_to_the_answer(tokenizer, question) if chats else question["text"] for question in questions]
     # Texts of uneven length end together, so that what follows each is its answer.
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        if isinstance(conversations[0], str):
-            inputs = tokenizer(conversations, padding=True, return_tensors="pt")
-            inputs.pop("token_type_ids", None)
-        else:
-            inputs = tokenizer.apply_chat_template(
-                conversations, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-            )
+        inputs = tokenizer(texts, add_special_tokens=not chats, padding=True, return_tensors="pt")
     finally:
         tokenizer.padding_side = side
+    inputs.pop("token_type_ids", None)
     inputs = inputs.to(model.device)
     was_training = model.training
     model.eval()
@@ -43,6 +39,17 @@ def answers(
     model.train(was_training)
     said = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in said]
+
+
+def _up_to_the_answer(tokenizer: Any, question: Question) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                question["messages"], tools=question.get("tools"), add_generation_prompt=True, tokenize=False
+            )
+        )
+    except Exception as error:  # a template is a program and may raise anything
+        raise DataError(f"the model's chat template refuses it: {error}", place="messages") from error
 
 
 def stop_at_end_of_turn(model: Any, tokenizer: Any) -> None:

@@ -18,6 +18,7 @@ from trainbox.container.prepare import TOKENS, Encoder, Placed, Stats
 from trainbox.container.task import Settings, Task
 from trainbox.container.text import IGNORED, as_array, load_fast_tokenizer, tokenise_long
 from trainbox.errors import ConfigError
+from trainbox.spec.asking import Question
 from trainbox.spec.rows import Row
 from trainbox.spec.run import RunSpec
 
@@ -146,10 +147,10 @@ class MaskedLm(Task):
             "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
         }
 
-    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
+    def predict(self, model: Any, questions: list[Question], settings: Settings) -> list[Row]:
         """`{"guesses": [{word: probability, ...}, ...]}`, a mapping for each hidden word, written [MASK] or <mask>."""
         mask = self.tokenizer.mask_token
-        texts = [str(row["text"]).replace("[MASK]", mask).replace("<mask>", mask) for row in rows]
+        texts = [each["text"].replace("[MASK]", mask).replace("<mask>", mask) for each in questions]
         inputs = self.tokenizer(
             texts, truncation=True, max_length=self.recipe.data.max_length, padding=True, return_tensors="pt"
         ).to(model.device)
@@ -163,11 +164,12 @@ class MaskedLm(Task):
         return said
 
     def _words(self, ids: list[int], values: list[float]) -> dict[str, float]:
-        return {
-            self.tokenizer.decode([token]).strip(): round(value, 6) for token, value in zip(ids, values, strict=True)
-        }
+        words: dict[str, float] = {}
+        for token, value in zip(ids, values, strict=True):  # best first; some tokens differ in a space alone
+            words.setdefault(self.tokenizer.decode([token]).strip(), round(value, 6))
+        return words
 
-    def show(self, row: Row, said: Row) -> str:
+    def show(self, question: Question, said: Row) -> str:
         """The best words for each hidden one."""
         if not said["guesses"]:
             return "nothing to guess: write [MASK] for a word"

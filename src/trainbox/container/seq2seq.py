@@ -21,6 +21,7 @@ from trainbox.container.prepare import TOKENS, Encoder, Placed, Stats
 from trainbox.container.report import emit
 from trainbox.container.task import Outcome, Settings, Task
 from trainbox.container.text import IGNORED, load_fast_tokenizer
+from trainbox.spec.asking import Question
 from trainbox.spec.recipe import Generation
 from trainbox.spec.rows import Row
 
@@ -130,9 +131,9 @@ class Seq2Seq(Task):
             emit("sample", prompt=example["input"], before=None, after=f"{example['generated']}  ({example['target']})")
         return {"evaluation": {"examples": examples}}
 
-    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
+    def predict(self, model: Any, questions: list[Question], settings: Settings) -> list[Row]:
         """`{"text": ...}`, by the recipe's search."""
-        texts = [f"{self.recipe.data.prefix}{row['input']}" for row in rows]
+        texts = [f"{self.recipe.data.prefix}{question['input']}" for question in questions]
         inputs = self.tokenizer(
             texts, truncation=True, max_length=self.recipe.data.max_length, padding=True, return_tensors="pt"
         )
@@ -146,7 +147,7 @@ class Seq2Seq(Task):
             ids = model.generate(**inputs.to(model.device), **length)
         return self._texts(ids.cpu().numpy())
 
-    def show(self, row: Row, said: Row) -> str:
+    def show(self, question: Question, said: Row) -> str:
         """The text."""
         return str(said["text"])
 

@@ -18,6 +18,7 @@ from trainbox.container.report import emit
 from trainbox.container.task import Load, Settings, Task
 from trainbox.container.text import IGNORED, ChatEncoder, load_chat_tokenizer
 from trainbox.errors import ConfigError
+from trainbox.spec.asking import Question, is_plain, typed
 from trainbox.spec.formats import Message
 from trainbox.spec.rows import Row
 from trainbox.spec.run import BOX_OUTPUT, box
@@ -57,10 +58,13 @@ class CausalTask(Task):
         if not sample.prompts:
             return []
         emit("stage", text=f"answering {len(sample.prompts)} held-out prompts")
-        rows = [{"prompt": prompt} for prompt in sample.prompts]
-        return [said["text"] for said in self.predict(model, rows, {"max_new_tokens": sample.max_new_tokens})]
+        questions = [typed(self.recipe, prompt) for prompt in sample.prompts]
+        return [said["text"] for said in self.predict(model, questions, {"max_new_tokens": sample.max_new_tokens})]
 
-    greeting = "chat: an empty line forgets what was said, "
+    @property
+    def greeting(self) -> str:  # type: ignore[override]
+        """A chat, unless plain text was learned."""
+        return super().greeting if is_plain(self.recipe) else "chat: an empty line forgets what was said, "
 
     def open(self, folders: dict[str, Path], load: Load = base_model.load_for_use) -> Any:
         """The model, which ends its answers where the chat template does."""
@@ -68,36 +72,27 @@ class CausalTask(Task):
         stop_at_end_of_turn(model, self.tokenizer)
         return model
 
-    def in_conversation(self, line: str, history: list[Message]) -> Row:
-        """What was said so far, and the line."""
-        return {"messages": [*history, {"role": "user", "content": line}]}
+    def in_conversation(self, line: str, history: list[Message]) -> Question:
+        """What was said so far, and the line; plain text stands alone."""
+        question = typed(self.recipe, line)
+        return {"messages": [*history, *question["messages"]]} if "messages" in question else question
 
     def remember(self, line: str, said: Row, history: list[Message]) -> None:
         """Question and answer."""
         history += [{"role": "user", "content": line}, {"role": "assistant", "content": said["text"]}]
 
-    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
+    def predict(self, model: Any, questions: list[Question], settings: Settings) -> list[Row]:
         """`{"text": ...}`: the greedy answer; what was trained on plain text goes on with it."""
-        plain = getattr(self.recipe.data, "format", "auto") == "text"
-        asked = [row.get("messages") or row["prompt"] for row in rows]
-        if plain:
-            asked = [_text(each) for each in asked]
-        else:
-            asked = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in asked]
         length = settings.get("max_new_tokens") or MAX_NEW_TOKENS
-        return [{"text": text} for text in answers(model, self.tokenizer, asked, length)]
+        return [{"text": text} for text in answers(model, self.tokenizer, questions, length)]
 
-    def show(self, row: Row, said: Row) -> str:
+    def show(self, question: Question, said: Row) -> str:
         """The text."""
         return str(said["text"])
 
 
 MAX_NEW_TOKENS = 256
 """Length of an answer where none is asked for."""
-
-
-def _text(asked: str | list[Message]) -> str:
-    return asked if isinstance(asked, str) else "\n".join(str(message["content"]) for message in asked)
 
 
 class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from trainbox.container import trainer as shared
 from trainbox.container.prepare import Encoder, prepared
 from trainbox.container.report import emit
 from trainbox.errors import ConfigError
-from trainbox.spec.asking import typed
+from trainbox.spec.asking import Question, typed
 from trainbox.spec.checkpoint import newest_complete
 from trainbox.spec.recipe import Training
 from trainbox.spec.rows import Row
@@ -133,24 +133,25 @@ class Task:
             from peft import PeftModel
 
             for name, folder in folders.items():
+                own = adapter_name(name)
                 if isinstance(model, PeftModel):
-                    model.load_adapter(str(folder), adapter_name=name)
+                    model.load_adapter(str(folder), adapter_name=own)
                 else:
-                    model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                    model = PeftModel.from_pretrained(model, str(folder), adapter_name=own)
         return model.eval()
 
-    def in_conversation(self, line: str, history: list[Any]) -> Row:
-        """What a person typed as a row to predict from, with what was said before where that counts."""
+    def in_conversation(self, line: str, history: list[Any]) -> Question:
+        """What a person typed as a question, with what was said before where that counts."""
         return typed(self.recipe, line)
 
     def remember(self, line: str, said: Row, history: list[Any]) -> None:
         """Keep what was said, where that counts."""
 
-    def predict(self, model: Any, rows: list[Row], settings: Settings) -> list[Row]:
-        """What the model, ready for use, says of a batch of rows: for each a mapping that can be written as JSON."""
+    def predict(self, model: Any, questions: list[Question], settings: Settings) -> list[Row]:
+        """What the model, ready for use, says of a batch of questions: for each a mapping that JSON can hold."""
         raise NotImplementedError
 
-    def show(self, row: Row, said: Row) -> str:
+    def show(self, question: Question, said: Row) -> str:
         """One prediction for a person to read."""
         raise NotImplementedError
 
@@ -204,6 +205,11 @@ class Task:
         values = (size, effective // size, min(evaluated, size) if evaluated else None)
         smaller = training.model_copy(update=dict(zip(BATCH, values, strict=True)))
         self.recipe = self.recipe.model_copy(update={"training": smaller})
+
+
+def adapter_name(name: str) -> str:
+    """What PEFT knows an adapter by: not the person's name for it, which may be one that PEFT uses itself (lora)."""
+    return f"@{name}"
 
 
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")

@@ -32,7 +32,7 @@ from trainbox.spec.recipe import Training
 from trainbox.spec.run import BOX_OUTPUT, box, write_json
 
 STAGING = ".saving"
-LOSS = "loss_since_log.json"
+SINCE_LOG = "since_log.json"
 
 
 class BoxTrainer:
@@ -109,17 +109,21 @@ class BoxTrainer:
         emit("checkpoint", text=f"saved {name}", step=self.state.global_step)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Keep, beside the generators, the loss since the last log: the Trainer forgets it."""
+        """Keep, beside the generators, what is summed up since the last log: the Trainer forgets it."""
         super()._save_rng_state(output_dir)  # type: ignore[misc]
-        since_log = {"loss": self._tr_loss.item(), "logged_at": self._globalstep_last_logged}
-        write_json(Path(output_dir) / LOSS, since_log)
+        write_json(Path(output_dir) / SINCE_LOG, self._since_log())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)  # type: ignore[misc]
-        if checkpoint and (file := Path(checkpoint) / LOSS).exists():
-            since_log = json.loads(file.read_text())
-            self._tr_loss.fill_(since_log["loss"])
-            self._globalstep_last_logged = since_log["logged_at"]
+        if checkpoint and (file := Path(checkpoint) / SINCE_LOG).exists():
+            self._go_on_from(json.loads(file.read_text()))
+
+    def _since_log(self) -> dict[str, Any]:
+        return {"loss": self._tr_loss.item(), "logged_at": self._globalstep_last_logged}
+
+    def _go_on_from(self, since_log: dict[str, Any]) -> None:
+        self._tr_loss.fill_(since_log["loss"])
+        self._globalstep_last_logged = since_log["logged_at"]
 
     def _run_epoch(self, **arguments: Any) -> None:
         """Nothing where the run was over when its last checkpoint was saved: the Trainer would do a step too many."""
@@ -180,6 +184,34 @@ class BoxTrainer:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The record and the report say more, in fewer words."""
+
+
+class AveragingTrainer(BoxTrainer):
+    """Mixed into a trainer of TRL's that averages figures of its own between two logs."""
+
+    averages = "_metrics"
+    """Its attribute with their values, by `train` or `eval` and name."""
+    _total_train_tokens = 0
+
+    def _since_log(self) -> dict[str, Any]:
+        values = getattr(self, self.averages)["train"]
+        return {**super()._since_log(), "values": values, "total_tokens": self._total_train_tokens}
+
+    def _go_on_from(self, since_log: dict[str, Any]) -> None:
+        super()._go_on_from(since_log)
+        getattr(self, self.averages)["train"].update(since_log["values"])
+        self._total_train_tokens = since_log["total_tokens"]
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
+        """Evaluate as TRL does, with its figures under the name of the rows, which it always calls eval."""
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **named)  # type: ignore[misc]
+        seen = getattr(self, self.averages)["eval"]
+        for name, values in seen.items():
+            numbers = [value for value in values if not math.isnan(value)]
+            if numbers:
+                output.metrics[f"{metric_key_prefix}_{name.removeprefix('eval_')}"] = sum(numbers) / len(numbers)
+        seen.clear()
+        return output
 
 
 class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]

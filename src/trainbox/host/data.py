@@ -37,7 +37,7 @@ def check(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
 def check_for_evaluation(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
     """The same for rows to evaluate: those of the test split where there is one, else all of them."""
     root, revision = _locate(chosen, folder)
-    splits = dataset.find_splits(chosen.data.model_copy(update={"path": str(root)}), folder)
+    splits = dataset.find_splits(chosen.data.model_copy(update={"path": str(root)}), folder, training=False)
     rows_of_all = [path for files in splits.values() for path in files]
     return _source(chosen, {"test": splits.get("test", rows_of_all)}, _code(chosen, folder), root, revision)
 

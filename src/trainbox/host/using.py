@@ -6,21 +6,22 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainbox.errors import ConfigError, TrainingError
+from trainbox.errors import ConfigError, DataError, TrainingError
 from trainbox.host import data, download, engine, hardware, ui
 from trainbox.host.box import Box, Mount
 from trainbox.host.image import ImageFacts
 from trainbox.host.pipeline import OFFLINE, Engine, on_host, pinned_recipe, recipe_folder, same_image
 from trainbox.host.watch import Watcher
-from trainbox.spec.asking import read_questions
+from trainbox.spec.asking import labels_of, read_config, read_questions, recipe_of
 from trainbox.spec.events import metrics_text
 from trainbox.spec.load import nearest
-from trainbox.spec.recipe import Model
+from trainbox.spec.recipe import Model, Recipe
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, BOX_SPEC, RunSpec, write_json
 
 FALLBACK = "text-classifier"
@@ -41,6 +42,23 @@ class Trained:
     adapter: dict[str, Any]
     """What adapter_config.json says; empty for a whole model."""
 
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of its run, or one that serves to use it."""
+        return self.spec.recipe if self.spec else recipe_of(self.folder)
+
+    @property
+    def base(self) -> tuple[str | None, str | None]:
+        """Name and commit of the model below the adapter; a checkpoint's own file has its path in the box alone."""
+        if self.spec:
+            return self.spec.model.reference, self.spec.model.revision
+        return self.adapter.get("base_model_name_or_path"), self.adapter.get("revision")
+
+    @property
+    def labels(self) -> list[str]:
+        """What its head tells apart, where it has one."""
+        return self.spec.data.labels if self.spec else labels_of(self.folder)
+
 
 def find_trained(folder: Path) -> Trained:
     """Look at a folder. Raises ConfigError where it holds neither model nor adapter."""
@@ -50,9 +68,12 @@ def find_trained(folder: Path) -> Trained:
         remedy = "name output/final, a checkpoint, or a folder that merge wrote"
         raise ConfigError("holds neither a model nor an adapter", place=str(folder), remedy=remedy)
     path = folder.resolve().parent / "spec.json"
-    config = folder / "adapter_config.json"
-    adapter = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    return Trained(folder.resolve(), RunSpec.read(path) if path.exists() else None, adapter)
+    spec = RunSpec.read(path) if path.exists() else None
+    trained = Trained(folder.resolve(), spec, read_config(folder, "adapter_config.json"))
+    if trained.base[0] == BOX_MODEL:
+        remedy = "name it where its run left it, beside spec.json; or the run's final, which can be anywhere"
+        raise ConfigError("a checkpoint's adapter does not say which base it is of", place=str(folder), remedy=remedy)
+    return trained
 
 
 def parse_adapters(pairs: list[str]) -> dict[str, Path]:
@@ -93,16 +114,16 @@ def infer(
     elif prompt:
         command += ["--prompt", prompt]
     with _opened(trained, engine_name, gpus) as (chosen, box):
-        box = replace(box, command=(*command, *_named(trained)), mounts=(*box.mounts, *mounts))
-        if not source and not prompt:
-            Watcher().raise_for(chosen.run(replace(box, interactive=True)))
-        elif not source:
-            _watched(chosen, box)
-        else:
+        box = replace(box, command=(*command, *_named(adapters)), mounts=(*box.mounts, *mounts))
+        if source:
             with _staged(target) as staged:
                 _watched(chosen, replace(box, mounts=(*box.mounts, Mount(staged, BOX_OUTPUT, read_only=False))))
                 (staged / "answers.jsonl").replace(target)
             ui.say(f"answers: {target}")
+        elif prompt:
+            _watched(chosen, box)
+        else:  # the person and the box talk to each other: plain lines
+            Watcher().raise_for(chosen.run(replace(box, interactive=True, env=OFFLINE)))
 
 
 def evaluate(folder: Path, path: str, target: Path | None, engine_name: str, gpus: str) -> None:
@@ -122,7 +143,7 @@ def evaluate(folder: Path, path: str, target: Path | None, engine_name: str, gpu
     target = (target or trained.folder.parent / "evaluations" / name).absolute()
     _refuse_existing(target)
     asked = spec.model_copy(update={"recipe": recipe, "data": rows})
-    with _opened({"default": trained}, engine_name, gpus, asked) as (chosen, box), _staged(target) as staged:
+    with _opened({"": trained}, engine_name, gpus, asked) as (chosen, box), _staged(target) as staged:
         mounts = (*box.mounts, *mounts, Mount(staged, BOX_OUTPUT, read_only=False))
         _watched(chosen, replace(box, command=("evaluate",), mounts=mounts))
         found = json.loads((staged / "evaluation.json").read_text(encoding="utf-8"))
@@ -136,9 +157,12 @@ def merge(
 ) -> None:
     """Write adapter + base as one model, or several adapters as one by weight, whole or not at all."""
     trained = _trained(folder, adapters)
-    if adapters:
-        _check_weights(adapters, weights, combination)
     first = next(iter(trained.values()))
+    if adapters:
+        _check_addable(trained, combination)
+        _check_weights(adapters, weights, combination)
+    else:
+        _check_mergeable(first)
     target = (target or first.folder.parent / ("combined" if adapters else "merged")).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("is not empty", place=str(target), remedy="name another folder: OUTPUT=...")
@@ -147,11 +171,33 @@ def merge(
         command += ["--combination", combination, "--weights", *map(str, weights)]
     with _opened(trained, name, "none") as (chosen, box), _staged(target) as staged:
         mounts = (*box.mounts, Mount(staged, BOX_OUTPUT, read_only=False))
-        _watched(chosen, replace(box, command=(*command, *_named(trained)), mounts=mounts))
+        _watched(chosen, replace(box, command=(*command, *_named(adapters)), mounts=mounts))
         if target.exists():
             target.rmdir()
         staged.rename(target)
     ui.say(f"merged {'adapter' if adapters else 'model'}: {target}")
+
+
+def _check_mergeable(trained: Trained) -> None:
+    place, kind = str(trained.folder), trained.adapter.get("peft_type")
+    if not trained.adapter:
+        remedy = "a model of which all weights were trained is whole as it is"
+        raise ConfigError("is no adapter: there is nothing to merge", place=place, remedy=remedy)
+    if kind not in ("LORA", "IA3"):
+        fault = f"an adapter of kind {kind} is no change of the weights: it cannot be merged"
+        raise ConfigError(fault, place=place, remedy="use it as it is: make infer, or plain PEFT")
+
+
+def _check_addable(trained: dict[str, Trained], combination: str) -> None:
+    for name, each in trained.items():
+        kind = "DoRA" if each.adapter.get("use_dora") else each.adapter.get("peft_type")
+        if kind != "LORA":
+            remedy = "LoRA adapters add up; any other is merged into its base by itself: CHECKPOINT="
+            raise ConfigError(f"is of kind {kind}", place=f"{name}={each.folder}", remedy=remedy)
+    ranks = {name: each.adapter.get("r") for name, each in trained.items()}
+    if len(set(ranks.values())) > 1 and combination != "cat" and not combination.endswith("svd"):
+        fault = f"{combination} needs equal ranks: " + ", ".join(f"{name} has {rank}" for name, rank in ranks.items())
+        raise ConfigError(fault, place="combination", remedy="cat and svd take any")
 
 
 def _check_weights(adapters: dict[str, Path], weights: list[float], combination: str) -> None:
@@ -167,25 +213,35 @@ def _check_weights(adapters: dict[str, Path], weights: list[float], combination:
 
 
 def _trained(folder: Path, adapters: dict[str, Path]) -> dict[str, Trained]:
-    """What is used, by name. Raises ConfigError where the adapters do not go together."""
+    """What is used, by name (none for a CHECKPOINT). Raises ConfigError where the adapters do not go together."""
     if not adapters:
-        return {"default": find_trained(folder)}
+        return {"": find_trained(folder)}
     found = {name: find_trained(path) for name, path in adapters.items()}
-    (first_name, first), *others = found.items()
-    for name, each in [(first_name, first), *others]:
+    first_name, first = next(iter(found.items()))
+    for name, each in found.items():
+        place = f"{name}={each.folder}"
         if not each.adapter:
-            raise ConfigError("is no adapter", place=f"{name}={each.folder}", remedy="name the folder of an adapter")
-        for what in ("base_model_name_or_path", "revision", "task_type"):
-            if each.adapter.get(what) != first.adapter.get(what):
-                fault = f"{what} is {each.adapter.get(what)!r}, that of {first_name} {first.adapter.get(what)!r}"
-                raise ConfigError(fault, place=f"{name}={each.folder}", remedy="use adapters of one base and task")
+            raise ConfigError("is no adapter", place=place, remedy="name the folder of an adapter")
+        if len(found) > 1 and each.adapter.get("init_lora_weights") == "pissa":
+            fault = "PiSSA changed the base of this checkpoint: it goes with no other adapter"
+            raise ConfigError(fault, place=place, remedy="name the run's final, which is a plain LoRA")
+        for what, own, others in (
+            ("base", each.base, first.base),
+            ("task", [each.adapter.get("task_type")], [first.adapter.get("task_type")]),
+            ("list of labels", each.labels, first.labels),
+        ):
+            if own != others:
+                fault = f"its {what} is {_listed(own)}, that of {first_name} {_listed(others)}"
+                raise ConfigError(fault, place=place, remedy="use adapters of one base, task and list of labels")
     return found
 
 
-def _named(trained: dict[str, Trained]) -> list[str]:
-    if list(trained) == ["default"]:
-        return []
-    return [part for name in trained for part in ("--adapter", f"{name}=/adapters/{name}")]
+def _listed(values: Sequence[str | None]) -> str:
+    return ", ".join(value for value in values if value) or "empty"
+
+
+def _named(adapters: dict[str, Path]) -> list[str]:
+    return [part for name in adapters for part in ("--adapter", f"{name}=/adapters/{name}")]
 
 
 @contextlib.contextmanager
@@ -196,10 +252,7 @@ def _opened(
     first = next(iter(trained.values()))
     chosen = engine.pick(engine_name)
     facts = same_image(first.spec, chosen) if first.spec else chosen.ensure(FALLBACK)
-    mounts = [
-        Mount(each.folder, "/checkpoint" if name == "default" else f"/adapters/{name}")
-        for name, each in trained.items()
-    ]
+    mounts = [Mount(each.folder, f"/adapters/{name}" if name else "/checkpoint") for name, each in trained.items()]
     if first.adapter or (first.spec and first.spec.recipe.task == "preference"):  # whose reference is the base
         mounts.append(Mount(_base_of(first, chosen, facts), BOX_MODEL))
     use_gpus = hardware.check(gpus, facts.labels)
@@ -216,8 +269,6 @@ def _opened(
 @contextlib.contextmanager
 def _written(spec: RunSpec) -> Iterator[Path]:
     """A spec in a file of its own, for as long as it is needed."""
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="trainbox-") as folder:
         path = Path(folder) / "spec.json"
         spec.write(path)
@@ -241,15 +292,16 @@ def _base_of(trained: Trained, chosen: Engine, facts: ImageFacts) -> Path:
 def _check_rows(trained: dict[str, Trained], source: Path, target: Path) -> None:
     """Every row can be predicted from, and names an adapter that is there: found before anything is started."""
     _refuse_existing(target)
-    spec = next(iter(trained.values())).spec
     if not source.is_file():
-        raise ConfigError("there is no such file", place=str(source), remedy="check INPUT=")
-    if spec is None:
-        return  # the box tells the task from the model, and checks
-    for place, row in read_questions(spec.recipe, source):
+        raise DataError("there is no such file", place=str(source), remedy="check INPUT=")
+    count = 0
+    for place, row, _ in read_questions(next(iter(trained.values())).recipe, source):
+        count += 1
         if len(trained) > 1 and row.get("adapter") and row["adapter"] not in trained:
-            hint = nearest(str(row["adapter"]), trained)
-            raise ConfigError(f"there is no adapter {row['adapter']!r}", place=place, remedy=hint)
+            hint = nearest(str(row["adapter"]), trained) or f"adapters: {', '.join(trained)}"
+            raise DataError(f"there is no adapter {row['adapter']!r}", place=place, remedy=hint)
+    if not count:
+        raise DataError("has no rows", place=str(source))
 
 
 def _refuse_existing(target: Path) -> None:

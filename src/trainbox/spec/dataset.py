@@ -45,16 +45,16 @@ class DataFacts:
     """What is odd about the rows, yet can be learned."""
 
 
-def find_splits(data: Data, folder: Path) -> Splits:
+def find_splits(data: Data, folder: Path, *, training: bool = True) -> Splits:
     """The files of each split. `folder` is what relative paths start from.
 
-    Raises DataError where a path is absent, or a folder holds no data file.
+    Raises DataError where a path is absent, or a folder holds no data file (for `training`, none to train on).
     """
     splits = _splits_of(resolve(data.path, folder))
     for split, name in (("validation", data.validation_file), ("test", data.test_file)):
         if name:
             splits[split] = [file for files in _splits_of(resolve(name, folder)).values() for file in files]
-    if not splits.get("train"):
+    if training and not splits.get("train"):
         raise DataError("holds no training file", place=data.path, remedy="name one train.jsonl, or set DATA=")
     return splits
 

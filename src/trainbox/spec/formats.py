@@ -12,7 +12,7 @@ from typing import Any
 
 from trainbox.errors import DataError
 from trainbox.spec.load import nearest
-from trainbox.spec.reading import Example, Reader, optional_text, parsed, text_of
+from trainbox.spec.reading import Example, Reader, find_column, optional_text, parsed, text_of
 from trainbox.spec.recipe import ChatData, MaskedLmRecipe, SftRecipe
 from trainbox.spec.rows import Row
 
@@ -57,7 +57,7 @@ class TextReader(Reader[MaskedLmRecipe]):
     def to_example(self, row: Row, place: str) -> Example:
         """`{"text": ...}`."""
         self.formats["text"] += 1
-        return to_example(row, "text", self.recipe.data.columns, place)
+        return {"text": text_of(row, find_column(row, "text", ("text",), self.recipe.data.columns, place), place)}
 
 
 def find_format(columns: Collection[str], data: ChatData, place: str) -> str:
@@ -75,10 +75,11 @@ def find_format(columns: Collection[str], data: ChatData, place: str) -> str:
         raise DataError(fault, place=place, remedy=f"{nearest(missing, columns)}\n{renaming}".strip())
     known = "\n".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     renaming = "SET=\"data.columns='{instruction: question, output: answer}'\""
+    hint = "pairs of answers are for RECIPE=llm-preference" if {"chosen", "rejected"} <= present else ""
     raise DataError(
         f"columns {', '.join(map(repr, columns)) or '(none)'} fit no known format",
         place=place,
-        remedy=f"one of these is needed:\n{known}\nor name yours: {renaming}",
+        remedy=f"{hint}\none of these is needed:\n{known}\nor name yours: {renaming}".strip(),
     )
 
 
@@ -194,12 +195,13 @@ def _checked(messages: list[Message], place: str) -> Example:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise DataError("no message has role assistant, so there is nothing to learn", place=place)
-    if any(_is_blank(message["content"]) and not message.get("tool_calls") for message in answers):
+    if any(is_blank(message["content"]) and not message.get("tool_calls") for message in answers):
         raise DataError("an assistant message is empty", place=place, remedy="remove the row or give it an answer")
     return {"messages": messages}
 
 
-def _is_blank(content: str | list[Any]) -> bool:
+def is_blank(content: str | list[Any]) -> bool:
+    """Whether a message says nothing."""
     return not (content.strip() if isinstance(content, str) else content)
 
 

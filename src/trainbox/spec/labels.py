@@ -12,7 +12,7 @@ from trainbox.errors import DataError
 from trainbox.spec.load import nearest
 from trainbox.spec.reading import Example, Found, Reader, find_column, parsed, text_of
 from trainbox.spec.recipe import TextClassifierRecipe, TokenClassifierRecipe
-from trainbox.spec.rows import Placed, Row, read_conll, read_rows
+from trainbox.spec.rows import Placed, Row, read_rows
 
 TEXT = ("text", "sentence", "review", "content", "comment", "message", "document")
 LABEL = ("label", "labels", "category", "class", "intent", "sentiment", "topic", "target")
@@ -47,7 +47,7 @@ class Labels:
         if self._given is not None:
             return tuple(self._given)
         seen = self._counts.get("train", Counter())
-        return tuple(sorted(seen, key=lambda label: (0, int(label), "") if _is_int(label) else (1, 0, label)))
+        return tuple(sorted(seen, key=lambda label: (0, int(label), label) if _is_int(label) else (1, 0, label)))
 
     def check_known(self) -> None:
         """Raise DataError for a label that nothing teaches."""
@@ -67,9 +67,9 @@ class Labels:
         if counts is None:
             return
         if len(counts) < 2:
-            only = next(iter(counts), "")
-            fault = f"every row has the label {only!r}: there is nothing to tell apart"
-            raise DataError(fault, place=f"column {column!r}", remedy="name another: data.columns={label: YOURS}")
+            fault = f"the only label is {next(iter(counts))!r}" if counts else "no row has a label"
+            remedy = "name another column: SET=\"data.columns='{label: YOUR_COLUMN}'\""
+            raise DataError(f"{fault}: there is nothing to tell apart", place=f"column {column!r}", remedy=remedy)
         rare = [label for label, count in counts.items() if count == 1]
         if rare:
             more = f" (and {len(rare) - 1} more such labels)" if len(rare) > 1 else ""
@@ -126,19 +126,18 @@ class LabelReader(Reader[TextClassifierRecipe]):
         first = next((one for one, two in PAIRS.items() if one in row and two in row), None)
         if first and "text" not in named and "text" not in row:
             return first, PAIRS[first], label
-        pair = named.get("text_pair", "text_pair")
         text = find_column(row, "text", TEXT, named, place)
-        return text, pair if pair in row else None, label
+        has_pair = "text_pair" in row or "text_pair" in named
+        return text, find_column(row, "text_pair", ("text_pair",), named, place) if has_pair else None, label
 
     def _labels_of(self, row: Row, column: str, place: str) -> list[str]:
         if not self.recipe.classification.multi_label:
             return [label_of(row.get(column), column, place)]
         value = parsed(row.get(column))
-        if value is None or value == "":
-            return []
-        parts = value if isinstance(value, list) else str(value).split(",")
-        labels = [label_of(part, column, place) for part in parts]
-        return list(dict.fromkeys(labels))
+        if isinstance(value, str):
+            value = value.split(",") if value.strip() else []
+        parts = value if isinstance(value, list) else [] if value is None else [value]
+        return list(dict.fromkeys(label_of(part, column, place) for part in parts))
 
     def see(self, split: str, place: str, example: Example) -> None:
         """Count the labels."""
@@ -183,15 +182,13 @@ class TagReader(Reader[TokenClassifierRecipe]):
         self._impossible = 0
         self._first_impossible = ""
 
-    def read(self, files: list[Path]) -> Iterator[tuple[str, Example]]:
-        """Rows; text files are taken for CoNLL columns."""
-        for path in files:
-            self._columns = None
-            for place, row in self._rows(path):
-                yield place, self.to_example(row, place)
+    def begin(self, path: Path) -> None:
+        """Another file may have other columns."""
+        self._columns = None
 
-    def _rows(self, path: Path) -> Iterator[Placed]:
-        return read_conll(path) if path.suffix.lower() == ".txt" else read_rows(path)
+    def rows(self, path: Path) -> Iterator[Placed]:
+        """Text files are taken for CoNLL columns."""
+        return read_rows(path, ".conll" if path.suffix.lower() == ".txt" else "")
 
     def to_example(self, row: Row, place: str) -> Example:
         """The words of a row and their tags as text."""
@@ -207,7 +204,7 @@ class TagReader(Reader[TokenClassifierRecipe]):
         if not words:
             raise DataError("has no tokens", place=place, remedy="remove the row")
         names = [self._tag(tag, place) for tag in tags]
-        return {"tokens": [str(word) for word in words], "tags": names}
+        return {"tokens": [_word(word, index, place) for index, word in enumerate(words)], "tags": names}
 
     def _list_of(self, row: Row, column: str, place: str) -> list[Any]:
         value = parsed(row.get(column))
@@ -222,7 +219,8 @@ class TagReader(Reader[TokenClassifierRecipe]):
         given = self.recipe.data.labels
         if isinstance(tag, int) and not isinstance(tag, bool) and given:
             if not 0 <= tag < len(given):
-                raise DataError(f"tag {tag} is beyond the {len(given)} labels of data.labels", place=place)
+                fault = f"tag {tag} is beyond the {len(given)} labels of data.labels"
+                raise DataError(fault, place=place, remedy="name every tag there, or mend the row")
             return given[tag]
         return label_of(tag, self._columns[1] if self._columns else "tags", place)
 
@@ -247,16 +245,23 @@ class TagReader(Reader[TokenClassifierRecipe]):
                 f"(the first: {self._first_impossible}); each such word counts as the beginning of an entity"
             )
         if self.recipe.data.labels is None:  # B-X and I-X side by side, what is outside first
-            known = tuple(sorted(known, key=lambda tag: (tag != "O", tag.partition("-")[2], tag)))
+            known = tuple(sorted(known, key=lambda tag: (tag != "O", tag.partition("-")[2])))
         return Found(labels=known, warnings=tuple(warnings))
+
+
+def _word(value: Any, index: int, place: str) -> str:
+    if not isinstance(value, str | int | float):
+        fault = f"tokens[{index}] is {'null' if value is None else repr(value)}"
+        raise DataError(fault, place=place, remedy="a token is a text: mend the row or remove it")
+    return str(value)
 
 
 def is_possible(tags: list[str]) -> bool:
     """Whether no entity goes on that has not begun (IOB2, also IOBES and BILOU)."""
-    before = "O"
+    begun = ""
     for tag in tags:
         where, _, kind = tag.partition("-")
-        if where in ("I", "E", "L") and kind and (before == "O" or before.partition("-")[2] != kind):
+        if where in ("I", "E", "L") and kind != begun:
             return False
-        before = tag
+        begun = kind if where in ("B", "I") else ""
     return True

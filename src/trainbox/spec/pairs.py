@@ -38,7 +38,8 @@ class PairReader(Reader[Seq2SeqRecipe]):
 
     def to_example(self, row: Row, place: str) -> Example:
         """A row's two texts."""
-        row = _flattened(row)
+        named = {column: row[column] for column in self.recipe.data.columns.values() if column in row}
+        row = {**flattened(row), **named}  # a named column is taken as it is
         if self._columns is None:
             self._columns = self._find_columns(row, place)
         source, target = self._columns
@@ -68,14 +69,14 @@ def _help(column: str, row: Row) -> str:
     return f"{nearest(column, row)}\nname them: {naming}\ncolumns here: {', '.join(row)}".strip()
 
 
-def _flattened(row: Row) -> Row:
+def flattened(row: Row) -> Row:
     """Columns of SQuAD (an answer in its context) and WMT (languages in one column) as plain ones."""
     translation = parsed(row.get("translation"))
     if isinstance(translation, dict):
         return {**{key: value for key, value in row.items() if key != "translation"}, **translation}
     answers: Any = parsed(row.get("answers"))
-    if isinstance(answers, dict) and isinstance(answers.get("text"), list) and answers["text"]:
-        row = {**row, "answer": str(answers["text"][0])}
+    if isinstance(answers, dict) and isinstance(answers.get("text"), list):
+        row = {**row, "answer": str(answers["text"][0]) if answers["text"] else ""}
     if isinstance(row.get("question"), str) and isinstance(row.get("context"), str) and "answer" in row:
         row = {**row, "question": f"question: {row['question']} context: {row['context']}"}
     return row

@@ -6,13 +6,16 @@ import json
 from typing import Any
 
 from trainbox.errors import DataError
-from trainbox.spec.formats import Message, is_chat, message_of, tools_of
+from trainbox.spec.formats import Message, is_blank, is_chat, message_of, tools_of
 from trainbox.spec.load import nearest
 from trainbox.spec.reading import Example, Found, Reader, optional_text, parsed, text_of
 from trainbox.spec.recipe import GrpoRecipe, PreferenceRecipe
 from trainbox.spec.rows import Row
 
-GOOD = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}
+GOOD = {
+    **dict.fromkeys(("true", "1", "1.0", "good"), True),
+    **dict.fromkeys(("false", "0", "0.0", "bad"), False),
+}
 """KTO's labels as files have them."""
 
 
@@ -78,18 +81,23 @@ def _conversation(row: Row, columns: tuple[str, ...], place: str) -> tuple[list[
     """The prompt and each answer; answers that hold the whole conversation give up what they begin with."""
     answers = [_answer(row, column, place) for column in columns]
     prompt = _prompt(row, place) if row.get("prompt") not in (None, "") else []
-    system = optional_text(row, "system", place)
-    if system:
-        prompt = [{"role": "system", "content": system}, *prompt]
-    if not prompt:
-        prompt = _common_beginning(answers)
+    shared = _common_beginning(answers)
+    if shared[len(shared) - len(prompt) :] == prompt:
+        prompt = shared  # the prompt with what stands before it
     if not any(message["role"] == "user" for message in prompt):
         raise DataError("has no prompt", place=place, remedy="fill the column 'prompt' or remove the row")
     rests = [answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in answers]
     for rest, column in zip(rests, columns, strict=True):
-        if not rest or rest[-1]["role"] != "assistant" or not (rest[-1]["content"] or rest[-1].get("tool_calls")):
+        last = rest[-1] if rest else {"role": "", "content": ""}
+        if last["role"] != "assistant" or (is_blank(last["content"]) and not last.get("tool_calls")):
             raise DataError(f"the answer (column {column!r}) is empty", place=place, remedy="fill it or remove the row")
-    return prompt, rests
+    return _with_system(prompt, row, place), rests
+
+
+def _with_system(prompt: list[Message], row: Row, place: str) -> list[Message]:
+    system = optional_text(row, "system", place)
+    own = any(message["role"] == "system" for message in prompt)
+    return [{"role": "system", "content": system}, *prompt] if system and not own else prompt
 
 
 def _common_beginning(answers: list[list[Message]]) -> list[Message]:
@@ -102,10 +110,11 @@ def _common_beginning(answers: list[list[Message]]) -> list[Message]:
 
 
 def _answer(row: Row, column: str, place: str) -> list[Message]:
-    value = parsed(row.get(column))
+    raw = row.get(column)
+    value = parsed(raw)
     if isinstance(value, dict) and "role" in value:
         value = [value]
-    if is_chat(value):
+    if is_chat(value) and (value or value is raw):  # the text `[]` is an answer
         return [message_of(message, index, f"{place}: {column}") for index, message in enumerate(value)]
     return [{"role": "assistant", "content": text_of(row, column, place)}]
 
@@ -140,8 +149,7 @@ class PromptReader(Reader[GrpoRecipe]):
         prompt = _prompt({"prompt": row[source]}, place)
         if prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]  # the answer of a chat: the model has to find its own
-        if system := optional_text(row, "system", place):
-            prompt = [{"role": "system", "content": system}, *prompt]
+        prompt = _with_system(prompt, row, place)
         if not prompt or prompt[-1]["role"] not in ("user", "tool"):
             raise DataError("the prompt must end with what the user says", place=place, remedy="mend the row")
         for reward in self.recipe.rewards:

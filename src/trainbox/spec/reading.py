@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from trainbox.errors import DataError
 from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Recipe
-from trainbox.spec.rows import Row, parse_json, read_rows
+from trainbox.spec.rows import Placed, Row, parse_json, read_rows
 
 Example = dict[str, Any]
 R = TypeVar("R", bound=Recipe)
@@ -40,11 +40,15 @@ class Reader(Generic[R]):
         """Every row of the files in the task's one shape, with its place. Raises DataError at the first bad one."""
         for path in files:
             self.begin(path)
-            for place, row in read_rows(path):
+            for place, row in self.rows(path):
                 yield place, self.to_example(row, place)
 
     def begin(self, path: Path) -> None:
         """A new file begins: what was concluded from the last one's columns no longer counts."""
+
+    def rows(self, path: Path) -> Iterator[Placed]:
+        """A file's rows, by its ending."""
+        return read_rows(path)
 
     def to_example(self, row: Row, place: str) -> Example:
         """A row in the task's one shape. Raises DataError for one that cannot be learned."""
@@ -68,7 +72,7 @@ def text_of(row: Row, column: str, place: str, *, empty: bool = False) -> str:
         value = "" if math.isnan(value) else str(value)
     if not isinstance(value, str):
         fault = "is absent" if column not in row else f"must be text, not {type(value).__name__}"
-        raise DataError(f"column {column!r} {fault}", place=place)
+        raise DataError(f"column {column!r} {fault}", place=place, remedy="mend or remove the row")
     if not value.strip() and not empty:
         raise DataError(f"column {column!r} is empty", place=place, remedy="fill it or remove the row")
     return value

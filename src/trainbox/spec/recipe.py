@@ -487,6 +487,16 @@ class SftRecipe(AdapterRecipe):
     sample: Sample = Sample()
 
 
+def _needs_plain_base(recipe: AdapterRecipe, what: str) -> None:
+    """Raise ValueError where the base below an adapter is not the model that training began with: no reference."""
+    if recipe.peft.method == "full":
+        return
+    for name, plain in (("init_lora_weights", ("default", "gaussian")), ("bias", ("none",))):
+        value = getattr(recipe.lora, name)
+        if value not in plain:
+            raise ValueError(f"{what} compares with the base below the adapter, which lora.{name} {value} changes")
+
+
 class PreferenceRecipe(AdapterRecipe):
     """Preference tuning of a causal language model."""
 
@@ -496,6 +506,17 @@ class PreferenceRecipe(AdapterRecipe):
     sample: Sample = Sample()
 
     METRICS = ("loss", "rewards/accuracies", "rewards/margins")
+
+    @model_validator(mode="after")
+    def _can_compare(self) -> PreferenceRecipe:
+        method = self.preference.method
+        if method in ("dpo", "kto"):
+            _needs_plain_base(self, f"preference.method {method}")
+        if method == "kto" and self.training.per_device_train_batch_size < 2:
+            raise ValueError("preference.method kto needs training.per_device_train_batch_size of 2 at least")
+        if method == "kto" and self.training.metric_for_best_model.endswith("rewards/accuracies"):
+            raise ValueError("preference.method kto compares no two answers: judge by rewards/margins or loss")
+        return self
 
 
 class GrpoRecipe(AdapterRecipe):
@@ -509,6 +530,20 @@ class GrpoRecipe(AdapterRecipe):
     sample: Sample = Sample()
 
     METRICS = ("loss", "reward")
+
+    @model_validator(mode="after")
+    def _has_whole_groups(self) -> GrpoRecipe:
+        training, size = self.training, self.grpo.num_generations
+        effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        if effective % size:
+            batch = "training.per_device_train_batch_size x training.gradient_accumulation_steps"
+            raise ValueError(f"{batch} = {effective} must be a multiple of grpo.num_generations {size}")
+        judged = training.load_best_model_at_end or training.early_stopping_patience
+        if judged and training.metric_for_best_model.endswith("loss"):
+            raise ValueError("GRPO's loss measures nothing: judge by training.metric_for_best_model=reward")
+        if self.grpo.beta:
+            _needs_plain_base(self, "grpo.beta above 0")
+        return self
 
     @property
     def code(self) -> tuple[tuple[str, str], ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,12 @@ Row = dict[str, Any]
 Placed = tuple[str, Row]
 
 
-def read_rows(path: Path) -> Iterator[Placed]:
-    """Every row of a data file with its place. Raises DataError at the first one that cannot be read."""
-    reader = READERS.get(path.suffix.lower())
+def read_rows(path: Path, ending: str = "") -> Iterator[Placed]:
+    """Every row of a data file with its place. Raises DataError at the first one that cannot be read.
+
+    `ending` says what to take the file for, where its own does not.
+    """
+    reader = READERS.get(ending or path.suffix.lower())
     if reader is None:
         raise DataError(
             f"{path.suffix or 'a file without ending'} is not a known kind of data file",
@@ -161,7 +165,7 @@ def _read_text(path: Path) -> Iterator[Placed]:
         yield path.name, {"text": text}
 
 
-def read_conll(path: Path) -> Iterator[Placed]:
+def _read_conll(path: Path) -> Iterator[Placed]:
     """A sentence a row: a word a line, its tag in the last column, a blank line between sentences."""
     tokens: list[str] = []
     tags: list[str] = []
@@ -169,7 +173,8 @@ def read_conll(path: Path) -> Iterator[Placed]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             place = f"{path.name}:{number}"
-            columns = _decode(raw.removeprefix(BOM) if number == 1 else raw, place).split()
+            # Not split(): a word may hold a no-break space.
+            columns = re.findall(r"[^ \t\r\n]+", _decode(raw.removeprefix(BOM) if number == 1 else raw, place))
             about = columns and (columns[0] == "-DOCSTART-" or (columns[0] == "#" and "=" in columns))
             if columns and not about:
                 if len(columns) < 2:
@@ -192,6 +197,6 @@ READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     ".parquet": _read_parquet,
     ".txt": _read_text,
     ".md": _read_text,
-    **dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), read_conll),
+    **dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), _read_conll),
 }
 """By ending."""

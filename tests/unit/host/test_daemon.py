@@ -15,8 +15,15 @@ def left(tmp_path, monkeypatch, pid, program):
     return file.exists()
 
 
+def wait_until(condition):
+    until = time.monotonic() + 10
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
 def test_the_pid_file_of_a_running_program_stays(tmp_path, monkeypatch):
     with subprocess.Popen(["sleep", "60"]) as process:
+        wait_until(Path(f"/proc/{process.pid}/cmdline").read_bytes)  # the kernel fills it only after exec has returned
         assert left(tmp_path, monkeypatch, process.pid, "sleep")
         assert not left(tmp_path, monkeypatch, process.pid, "dockerd")
         process.kill()
@@ -25,9 +32,7 @@ def test_the_pid_file_of_a_running_program_stays(tmp_path, monkeypatch):
 def test_the_pid_file_of_a_killed_program_goes_though_nobody_has_reaped_it(tmp_path, monkeypatch):
     process = subprocess.Popen(["sleep", "60"])
     os.kill(process.pid, signal.SIGKILL)
-    until = time.monotonic() + 10
-    while Path(f"/proc/{process.pid}/stat").read_text().split()[2] != "Z" and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "Z")
     assert not left(tmp_path, monkeypatch, process.pid, "sleep")
     process.wait()
 

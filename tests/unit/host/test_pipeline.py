@@ -12,7 +12,7 @@ def spec(**recipe):
 
 
 def test_a_resumed_run_asks_for_the_commits_it_began_with_not_for_the_branch():
-    pinned = pipeline._pinned(spec(model={"name": "org/name", "revision": "main"}))
+    pinned = pipeline.pinned_recipe(spec(model={"name": "org/name", "revision": "main"}))
     assert (pinned.model.revision, pinned.data.revision) == (COMMIT, COMMIT)
 
 

@@ -8,12 +8,11 @@ import pytest
 from pyarrow import parquet
 
 from trainbox.errors import DataError
-from trainbox.spec.dataset import check, find_splits, hash_splits, resolve
-from trainbox.spec.recipe import Data, SftRecipe
+from trainbox.spec.dataset import READERS_BY_TASK, check, find_splits, hash_splits, reader, resolve
+from trainbox.spec.recipe import RECIPES, Data, MaskedLmRecipe, SftRecipe
 
 ROW = {"instruction": "Q", "output": "A"}
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-RECIPES = sorted(path.parent for path in Path("recipes").glob("*/recipe.yaml"))
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def fill(path, *rows):
 
 
 def facts(folder, **data):
-    recipe = SftRecipe(data=Data(**data))
+    recipe = SftRecipe(data=data)
     return check(recipe, find_splits(recipe.data, folder))
 
 
@@ -42,20 +41,6 @@ def names(splits):
 
 
 # --- which files
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda folder: folder.name)
-def test_every_shipped_sample_has_rows_to_learn_and_rows_to_validate(recipe):
-    found = check(SftRecipe(), find_splits(Data(), recipe))
-    assert found.rows["train"] >= 100
-    assert found.rows["validation"] >= 10
-    assert len(found.formats) == 1
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda folder: folder.name)
-def test_no_validation_row_of_a_shipped_sample_is_a_training_row(recipe):
-    lines = {split: set(files[0].read_text().splitlines()) for split, files in find_splits(Data(), recipe).items()}
-    assert not lines["train"] & lines["validation"]
 
 
 def test_a_single_file_is_training_data_whatever_its_name(folder):
@@ -199,7 +184,7 @@ def test_a_validation_split_that_leaves_no_training_row_is_refused(folder, refus
 
 def test_progress_is_told(folder):
     fill(folder / "a.jsonl", *[ROW] * 2500)
-    recipe, told = SftRecipe(data=Data(path="a.jsonl")), []
+    recipe, told = SftRecipe(data={"path": "a.jsonl"}), []
     check(recipe, find_splits(recipe.data, folder), told.append)
     assert told == [1000, 2000]
 
@@ -222,6 +207,48 @@ def test_a_check_holds_few_rows_in_memory(folder, name):
         return most
 
     assert peak(12_000) <= 1.5 * peak(3000)
+
+
+# --- the task's own reader
+
+
+def test_every_task_has_a_reader():
+    assert READERS_BY_TASK.keys() == RECIPES.keys()
+    for cls in RECIPES.values():
+        assert list(reader(cls()).read([])) == []
+
+
+def test_plain_text_is_a_file_or_a_column(folder):
+    (folder / "data").mkdir()
+    (folder / "data/a.txt").write_text("one\ntwo\n")
+    (folder / "data/b.md").write_text("# three\n")
+    fill(folder / "data/c.jsonl", {"text": "four", "id": 7}, {"text": "five"})
+    fill(folder / "data/validation.jsonl", {"text": "six"})
+    recipe = MaskedLmRecipe(data={"path": "data"})
+    found = check(recipe, find_splits(recipe.data, folder))
+    assert (found.rows, found.formats) == ({"train": 4, "validation": 1}, {"text": 5})
+    assert (found.labels, found.warnings) == ((), ())
+
+
+def test_a_column_of_plain_text_may_have_another_name(folder, refuses):
+    fill(folder / "a.jsonl", {"body": "one"})
+    recipe = MaskedLmRecipe(data={"path": "a.jsonl", "columns": {"text": "body"}})
+    assert [example for _, example in reader(recipe).read([folder / "a.jsonl"])] == [{"text": "one"}]
+    words = ("columns here: body", "data.columns='{text: YOUR_COLUMN}'")
+    with refuses(3, "a.jsonl:1: has no column 'text'", *words):
+        list(reader(MaskedLmRecipe()).read([folder / "a.jsonl"]))
+
+
+def test_blank_plain_text_is_refused_with_its_line(folder, refuses):
+    fill(folder / "a.jsonl", {"text": "one"}, {"text": " "})
+    with refuses(3, "a.jsonl:2: column 'text' is empty"):
+        list(reader(MaskedLmRecipe()).read([folder / "a.jsonl"]))
+
+
+def test_rows_to_evaluate_need_no_training_file(folder):
+    fill(folder / "data/test.jsonl", ROW)
+    splits = find_splits(Data(path="data"), folder, training=False)
+    assert check(SftRecipe(), splits).rows == {"test": 1}
 
 
 # --- the hash

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trainbox.errors import DataError
 from trainbox.spec.formats import COLUMNS, CONVERTERS, ROLES, SHAREGPT_ROLES, find_format, to_example
-from trainbox.spec.recipe import Data
+from trainbox.spec.recipe import ChatData
 
 CALL = {"name": "berth", "arguments": {"number": 4}}
 TOOLS = [{"type": "function", "function": {"name": "berth", "parameters": {}}}]
@@ -19,7 +19,7 @@ def said(*pairs):
 
 def convert(row, **columns):
     """The example of a row, by the format that it is found to have."""
-    return to_example(row, find_format(row.keys(), Data(columns=columns), "x:1"), columns, "x:1")
+    return to_example(row, find_format(row.keys(), ChatData(columns=columns), "x:1"), columns, "x:1")
 
 
 # --- which format
@@ -27,7 +27,7 @@ def convert(row, **columns):
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_format_is_found_by_its_columns(name):
-    assert find_format([*COLUMNS[name], "id", "note"], Data(), "x:1") == name
+    assert find_format([*COLUMNS[name], "id", "note"], ChatData(), "x:1") == name
 
 
 def test_every_format_has_a_converter():
@@ -35,8 +35,8 @@ def test_every_format_has_a_converter():
 
 
 def test_the_format_that_the_recipe_names_wins():
-    assert find_format(["messages", "text"], Data(), "x:1") == "chat"
-    assert find_format(["messages", "text"], Data(format="text"), "x:1") == "text"
+    assert find_format(["messages", "text"], ChatData(), "x:1") == "chat"
+    assert find_format(["messages", "text"], ChatData(format="text"), "x:1") == "text"
 
 
 def test_columns_may_have_other_names():
@@ -48,15 +48,15 @@ def test_columns_may_have_other_names():
 
 def test_columns_that_fit_no_format_are_refused_with_the_formats(refuses):
     with refuses(3, "x:1", "'question', 'answer' fit no known format", "alpaca: instruction, output", "data.columns="):
-        find_format(["question", "answer"], Data(), "x:1")
+        find_format(["question", "answer"], ChatData(), "x:1")
 
 
 def test_a_missing_column_is_named_with_the_nearest_and_how_to_rename(refuses):
     words = ("format prompt-completion", "did you mean completions?", "data.columns=")
     with refuses(3, "x:1: has no column 'completion'", *words):
-        find_format(["prompt", "completions"], Data(format="prompt-completion"), "x:1")
+        find_format(["prompt", "completions"], ChatData(format="prompt-completion"), "x:1")
     with refuses(3, "x:1: has no column 'text'"):
-        find_format(["zzz"], Data(format="text"), "x:1")
+        find_format(["zzz"], ChatData(format="text"), "x:1")
 
 
 def test_what_a_remedy_says_to_set_can_be_set(load):
@@ -65,7 +65,7 @@ def test_what_a_remedy_says_to_set_can_be_set(load):
     for columns in (["question"], ["instruction", "answer"]):
         for name in ("auto", "alpaca"):
             with pytest.raises(DataError) as caught:
-                find_format(columns, Data(format=name), "x:1")
+                find_format(columns, ChatData(format=name), "x:1")
             advice = caught.value.remedy.partition('SET="')[2].partition('"')[0]
             assert load("task: sft\n", *split_settings(advice)).data.columns
 
@@ -268,4 +268,4 @@ def test_any_row_becomes_an_example_or_is_refused(name, data):
 @example(columns=[], name="alpaca")
 def test_any_columns_have_a_format_or_are_refused(columns, name):
     with suppress(DataError):
-        assert find_format(columns, Data(format=name), "x:1") in COLUMNS
+        assert find_format(columns, ChatData(format=name), "x:1") in COLUMNS

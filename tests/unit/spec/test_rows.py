@@ -48,11 +48,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert [row for _, row in read_rows(tmp_path / name)] == ROWS
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt", "x.conll"])
 def test_a_byte_order_mark_is_no_part_of_the_text(rows, name):
-    text = {"x.csv": "a\nb\n", "x.txt": "b"}.get(name, '{"a": "b"}')
+    text = {"x.csv": "a\nb\n", "x.txt": "b", "x.conll": "a b"}.get(name, '{"a": "b"}')
     [(_, row)] = rows(name, "\ufeff" + text)
-    assert row == ({"text": "b"} if name == "x.txt" else {"a": "b"})
+    assert row == {"x.txt": {"text": "b"}, "x.conll": {"tokens": ["a"], "tags": ["b"]}}.get(name, {"a": "b"})
 
 
 def test_windows_line_ends_and_blank_lines_count_as_lines_but_not_as_rows(rows):
@@ -92,6 +92,49 @@ def test_a_text_file_is_one_row(rows):
     assert rows("x.md", "one\ntwo\n") == [("x.md", {"text": "one\ntwo\n"})]
 
 
+CONLL = """\
+-DOCSTART- -X- O O
+
+# text = Ida Holm sails.
+Ida NNP I-NP B-PER
+Holm NNP I-NP I-PER
+sails VBZ I-VP O
+. . O O
+
+
+Berth 4\tB-LOC
+\t
+# NN O
+4 CD O
+"""
+"""Columns between spaces or tabs, a document's beginning, a comment, blank lines, a word that looks like a comment."""
+SENTENCES = [
+    ("x.conll:4", {"tokens": ["Ida", "Holm", "sails", "."], "tags": ["B-PER", "I-PER", "O", "O"]}),
+    ("x.conll:10", {"tokens": ["Berth"], "tags": ["B-LOC"]}),
+    ("x.conll:12", {"tokens": ["#", "4"], "tags": ["O", "O"]}),
+]
+
+
+@pytest.mark.parametrize("text", [CONLL, CONLL.replace("\n", "\r\n"), CONLL.rstrip(), CONLL + "\n\n"])
+def test_conll_has_a_sentence_a_row_with_the_place_where_it_begins(rows, text):
+    assert rows("x.conll", text) == SENTENCES
+
+
+@pytest.mark.parametrize("name", ["x.iob", "x.iob2", "x.bio", "x.CONLL"])
+def test_conll_goes_by_several_endings(rows, name):
+    assert [row for _, row in rows(name, CONLL)] == [row for _, row in SENTENCES]
+
+
+def test_a_file_may_be_taken_for_another_kind_than_its_ending_says(tmp_path):
+    (tmp_path / "x.txt").write_text("a O\n")
+    assert list(read_rows(tmp_path / "x.txt", ".conll")) == [("x.txt:1", {"tokens": ["a"], "tags": ["O"]})]
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u2009", "\u2028", "\u0085", "\x1c"])
+def test_only_spaces_and_tabs_part_the_columns_of_conll(rows, space):
+    assert rows("x.conll", f"10{space}000 CD\n") == [("x.conll:1", {"tokens": [f"10{space}000"], "tags": ["CD"]})]
+
+
 def test_lists_and_objects_come_out_of_parquet_without_the_fields_of_other_rows(tmp_path):
     calls = [{"name": "berth", "arguments": {"number": 4}}, {"name": "tide", "arguments": {"port": "Gull Point"}}]
     table = [{"messages": [{"role": "assistant", "call": call}], "note": None} for call in calls]
@@ -128,6 +171,8 @@ def test_lists_and_objects_come_out_of_parquet_without_the_fields_of_other_rows(
         ("x.csv", "a,b\n1,2\n".encode("utf-16"), ("x.csv:1", "is not UTF-8")),
         ("x.tsv", "a\tb\n1\n", ("x.tsv:2", "fewer values")),
         ("x.txt", b"caf\xe9", ("x.txt", "is not UTF-8: byte 0xe9")),
+        ("x.conll", "a O\n\nb O\nc\n", ("x.conll:4: has the word 'c' but no tag", "write: word TAG")),
+        ("x.conll", b"a O\ncaf\xe9 O\n", ("x.conll:2", "is not UTF-8: byte 0xe9 at column 4")),
         ("x.parquet", b"", ("x.parquet", "is not Parquet")),
         ("x.parquet", b"PAR1 no PAR1", ("x.parquet", "is not Parquet")),
         ("x.xlsx", b"PK", (".xlsx is not a known kind of data file", ".jsonl", ".parquet")),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainbox.errors import ConfigError
 from trainbox.spec import run
-from trainbox.spec.recipe import Data, Lora, SftRecipe, Training
+from trainbox.spec.recipe import ChatData, Lora, SftRecipe, Training
 from trainbox.spec.run import DataSource, ModelSource, RunSpec, box, hash_json, write_json
 
 
@@ -53,8 +53,8 @@ def test_tokenised_data_is_named_by_what_the_tokens_depend_on(spec):
     key = spec().prepared_key
     for same in (Training(learning_rate=1.0), Training(save_steps=1)):
         assert spec(recipe=SftRecipe(training=same)).prepared_key == spec(recipe=SftRecipe()).prepared_key
-    assert spec(recipe=SftRecipe(data=Data(path="elsewhere"))).prepared_key == key
-    for other in (Data(max_length=7), Data(loss_on="all"), Data(template="none"), Data(packing=True)):
+    assert spec(recipe=SftRecipe(data=ChatData(path="elsewhere"))).prepared_key == key
+    for other in (ChatData(max_length=7), ChatData(loss_on="all"), ChatData(template="none"), ChatData(packing=True)):
         assert spec(recipe=SftRecipe(data=other)).prepared_key != key
     assert spec(data=DataSource(files={}, hash="e", rows={})).prepared_key != key
 
