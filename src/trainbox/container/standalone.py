@@ -9,7 +9,7 @@ from pathlib import Path
 from trainbox.container.report import Progress, emit
 from trainbox.errors import ConfigError
 from trainbox.spec.checkpoint import hash_folder
-from trainbox.spec.dataset import check, find_splits
+from trainbox.spec.dataset import check, find_splits, resolve
 from trainbox.spec.load import Choices, load_recipe
 from trainbox.spec.recipe import Recipe
 from trainbox.spec.run import BOX_DATA, BOX_MODEL, BOX_OUTPUT, UNWANTED, DataSource, ModelSource, RunSpec, box
@@ -60,7 +60,10 @@ def _data(recipe: Recipe) -> DataSource:
     progress = Progress("checking data")
     facts = check(recipe, splits, progress.update)
     files = {split: [str(path) for path in paths] for split, paths in splits.items()}
-    return DataSource(files=files, **asdict(facts))
+    for line in facts.warnings:
+        emit("warn", text=line)
+    code = [str(resolve(path, RECIPE)) for path, _ in recipe.code]
+    return DataSource(files=files, code=code, **asdict(facts))
 
 
 def _model(recipe: Recipe) -> ModelSource:

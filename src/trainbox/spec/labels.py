@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainbox.errors import DataError
+from trainbox.errors import ConfigError, DataError
 from trainbox.spec.load import nearest
 from trainbox.spec.reading import Example, Found, Reader, find_column, parsed, text_of
 from trainbox.spec.recipe import TextClassifierRecipe, TokenClassifierRecipe
@@ -79,6 +79,14 @@ class Labels:
                 remedy="add rows of it or remove the row; labels that are all different are no classes",
             )
 
+    def check_named(self, names: Iterable[str], place: str) -> None:
+        """Raise ConfigError for a name in the recipe that is no label."""
+        known = self.known()
+        for name in names:
+            if name not in known:
+                remedy = f"{nearest(name, known)}\nlabels: {_listed(known)}".strip()
+                raise ConfigError(f"{name!r} is no label", place=place, remedy=remedy)
+
     def unseen(self) -> list[str]:
         """A warning where the recipe names labels that no training row has."""
         counts = self._counts.get("train")
@@ -147,6 +155,8 @@ class LabelReader(Reader[TextClassifierRecipe]):
         """Every label is taught, and there are several."""
         self._labels.check_enough(self._columns[2] if self._columns else "label")
         self._labels.check_known()
+        weights = self.recipe.classification.class_weights
+        self._labels.check_named(weights if isinstance(weights, dict) else {}, "classification.class_weights")
         return Found(labels=self._labels.known(), warnings=tuple(self._labels.unseen()))
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trainbox.errors import DataError
 from trainbox.spec.dataset import check, find_splits
-from trainbox.spec.labels import IOB, PAIRS, LabelReader, TagReader, is_possible
+from trainbox.spec.labels import IOB, PAIRS, LabelReader, Labels, TagReader, is_possible
 from trainbox.spec.recipe import TextClassifierRecipe, TokenClassifierRecipe
 
 SPAM = [{"text": "Win!", "label": "spam"}, {"text": "Hi", "label": "ham"}] * 2
@@ -432,3 +432,11 @@ def test_a_sequence_is_possible_where_each_inner_tag_follows_its_own_kind(tags):
     inner = [(before, tag) for before, tag in zip(["O", *tags], tags, strict=False) if tag.startswith("I")]
     assert all(IOB.fullmatch(tag) for tag in tags)
     assert is_possible(tags) == all(before[2:] == tag[2:] for before, tag in inner)
+
+
+def test_a_weight_for_a_label_that_is_none_is_refused_with_the_nearest(refuses):
+    labels = Labels(None)
+    labels.see("train", "a.csv:2", ["spam"])
+    labels.see("train", "a.csv:3", ["ham"])
+    with refuses(2, "classification.class_weights", "'spm' is no label", "did you mean spam?"):
+        labels.check_named({"spm": 3.0}, "classification.class_weights")

@@ -2,7 +2,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainbox.spec.recipe import RECIPES, Recipe, Seq2SeqRecipe, TextClassifierRecipe
+from trainbox.spec.recipe import RECIPES, Recipe
 
 ADAPTERS = [task for task, cls in RECIPES.items() if "peft" in cls.model_fields]
 BY_METHOD = [task for task, cls in RECIPES.items() if hasattr(cls, "LEARNING_RATES")]
@@ -215,7 +215,7 @@ def test_a_metric_that_says_nothing_of_its_method_is_refused(load, refuses):
     accuracies = {"metric_for_best_model": "eval_rewards/accuracies"}
     with refuses(2, "recipe.yaml", "kto compares no two answers: judge by rewards/margins or loss"):
         load(recipe("preference", preference={"method": "kto"}, training=accuracies))
-    with refuses(2, "recipe.yaml", "GRPO's loss measures nothing", "metric_for_best_model=reward"):
+    with refuses(2, "recipe.yaml", "loss measures nothing", "metric_for_best_model=reward"):
         load(recipe("grpo", training={"early_stopping_patience": 1}))
     best = {"early_stopping_patience": 1, "metric_for_best_model": "reward"}
     assert load(recipe("grpo", training=best)).training.early_stopping_patience == 1
@@ -252,10 +252,21 @@ def test_the_weights_of_labels_are_balanced_or_above_0(load, refuses):
             weights(wrong)
 
 
-def test_adapters_go_to_the_modules_that_the_kinds_of_model_have():
-    assert "q_proj" in RECIPES["sft"]().lora.target_modules
-    assert {"query", "q_lin"} <= set(TextClassifierRecipe().lora.target_modules)
-    assert {"q", "q_proj"} <= set(Seq2SeqRecipe().lora.target_modules)
+@pytest.mark.parametrize("lora", [{}, {"dropout": 0}])
+@pytest.mark.parametrize(
+    ("task", "rank", "modules"),
+    [
+        ("sft", 64, {"q_proj", "down_proj"}),
+        ("masked-lm", 8, {"query", "q_lin"}),
+        ("text-classification", 8, {"query", "q_lin"}),
+        ("token-classification", 8, {"query", "q_lin"}),
+        ("seq2seq", 8, {"q", "q_proj"}),
+    ],
+)
+def test_an_adapter_goes_to_the_modules_that_its_kind_of_model_has(load, task, rank, modules, lora):
+    found = load(recipe(task, lora=lora)).lora
+    assert found.r == rank
+    assert modules <= set(found.target_modules)
 
 
 @pytest.mark.parametrize("cls", RECIPES.values())
