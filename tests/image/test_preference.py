@@ -155,12 +155,12 @@ def test_what_does_not_go_together_costs_no_build(settings: str, tmp_path: Path)
 
 @pytest.mark.slow
 def test_smollm_prefers_the_better_answers_of_its_training_pairs(tmp_path: Path) -> None:
-    pairs = (SAMPLE / "train.jsonl").read_text().splitlines(keepends=True)[:24]
+    pairs = (SAMPLE / "train.jsonl").read_text().splitlines(keepends=True)[:16]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(pairs))
     ended = run(
         "train", "--recipe=llm-preference", "--profile=demo", f"--data={tmp_path}", f"--output={tmp_path / 'out'}",
-        "--set=training.max_steps=12 training.learning_rate=2e-4 sample.prompts=[]",
+        "--set=training.max_steps=10 training.learning_rate=2e-4 sample.prompts=[]",
     )  # fmt: skip
     assert ended.code == 0, ended.text
     found = json.loads((tmp_path / "out/run.json").read_text())["metrics"]

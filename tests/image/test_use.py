@@ -18,10 +18,10 @@ from trainbox.spec.run import RunSpec
 
 LEARNS = f"{PLAIN} training.learning_rate=2e-2"
 """By far enough for a tiny model's answers to change."""
-OTHER = f"{LEARNS} training.seed=7"
+OTHER = f"{PLAIN} training.learning_rate=1.5e-2"
 NARROW = f"{LEARNS} lora.r=2"
 TAGS = "training.max_steps=60 training.logging_steps=20 limits.cpus=1 training.learning_rate=5e-3"
-LABELS = f"{PLAIN} peft.method=lora training.learning_rate=1e-2"
+LABELS = f"{TAGS} peft.method=lora training.learning_rate=2e-2"
 
 CHAT: list[dict[str, Any]] = [
     {"id": 1, "prompt": "Where does the Hesper lie?"},

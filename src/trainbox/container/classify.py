@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
+from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as by_entity
 from sklearn import metrics as scores
 from transformers import (
     AutoModelForSequenceClassification,
@@ -126,8 +127,9 @@ class TextEncoder(Encoder):
     def encode(self, rows: list[Placed]) -> list[tuple[Any, ...]]:
         """The inputs of each row, its length before it was cut, and its labels."""
         examples = [example for _, example in rows]
+        if len({"text_pair" in example for example in examples}) > 1:  # which do not mix in a call
+            return [encoded for row in rows for encoded in self.encode([row])]
         texts = [example["text"] for example in examples]
-        # Pairs and single texts do not mix in a call.
         pairs = [example.get("text_pair", "") for example in examples] if "text_pair" in examples[0] else None
         encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.data.max_length)
         cut = Counter(each.overflowing != [] and index for index, each in enumerate(encoded.encodings))
@@ -339,8 +341,6 @@ class TokenClassification(Classification):
         flat = [tag for row in truth for tag in row], [tag for row in found for tag in row]
         accuracy = scores.accuracy_score(*flat)
         if self._entities:
-            from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as by_entity
-
             figures = by_entity(truth, found, average="micro", zero_division=0)
         else:
             figures = scores.precision_recall_fscore_support(*flat, average="weighted", zero_division=0)
@@ -353,8 +353,6 @@ class TokenClassification(Classification):
         flat = [tag for row in truth for tag in row], [tag for row in found for tag in row]
         (_, commonest), *_ = Counter(flat[0]).most_common(1)
         if self._entities:
-            from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as by_entity
-
             figures = by_entity(truth, found, average=None, zero_division=0)
             names = sorted({label.partition("-")[2] for label in self.labels if label != "O"})
             names = [name for name in names if any(tag.endswith(f"-{name}") for tags in flat for tag in tags)]

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import sacrebleu
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -169,9 +171,6 @@ def figures(found: list[str], wanted: list[str]) -> dict[str, float]:
     ROUGE: https://aclanthology.org/W04-1013; BLEU: https://aclanthology.org/P02-1040; chrF:
     https://aclanthology.org/W15-3049.
     """
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
-
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(kinds, use_stemmer=True)
     pairs = list(zip(wanted, found, strict=True))

@@ -61,7 +61,7 @@ class Asked:
     def say(self, question: Question, name: str) -> Row:
         """The same of one question, told to the person."""
         (said,) = self.predict([question], name)
-        emit("answer", text=self.task.show(question, said))
+        emit("answer", text=self.task.show(question, said) or "(empty)")
         return said
 
     def choose(self, name: str, place: str = "adapter") -> str:

@@ -60,10 +60,12 @@ def _code(chosen: Recipe, folder: Path) -> list[Path]:
     found = []
     for name, function in chosen.code:
         path = dataset.resolve(name, folder)
+        if not path.is_file():
+            raise DataError("is not a file", place=name, remedy="name a Python file")
         try:
             tree = ast.parse(path.read_bytes(), path.name)
         except (SyntaxError, ValueError) as error:
-            line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+            line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
             raise DataError(f"is not Python: {error}", place=f"{name}{line}", remedy="mend it") from None
         known = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
         if function not in known:

@@ -123,7 +123,7 @@ def infer(
         elif prompt:
             _watched(chosen, box)
         else:  # the person and the box talk to each other: plain lines
-            Watcher().raise_for(chosen.run(replace(box, interactive=True, env=OFFLINE)))
+            Watcher().raise_for(chosen.run(replace(box, interactive=True, env={**box.env, "TRAINBOX_EVENTS": "0"})))
 
 
 def evaluate(folder: Path, path: str, target: Path | None, engine_name: str, gpus: str) -> None:
@@ -262,7 +262,7 @@ def _opened(
             if asked:
                 path = stack.enter_context(_written(asked))
             mounts.append(Mount(path, BOX_SPEC))
-        env = {**OFFLINE, **Watcher.env}
+        env = {**OFFLINE, "WANDB_MODE": "disabled", **Watcher.env}
         yield chosen, Box(image=facts.tag, command=(), mounts=tuple(mounts), env=env, gpus=use_gpus)
 
 

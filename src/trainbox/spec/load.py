@@ -252,6 +252,8 @@ def _explain_first(error: ValidationError, cls: type[Recipe], origin: Mapping[st
         return ConfigError(f"{dotted} is not a field", place=at, remedy="\n".join(filter(None, [hint, listing])) + more)
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f", not {first['input']!r}"
+    if not dotted:  # fields that do not go together: the message names them
+        return ConfigError(message, place=at, remedy=more.strip())
     fault = f"{dotted}: {message[:1].lower()}{message[1:]}{given}"
     return ConfigError(fault, place=at, remedy=f"`invoke explain {dotted}` tells its type and meaning{more}")
 

@@ -110,7 +110,7 @@ def _common_beginning(answers: list[list[Message]]) -> list[Message]:
 
 
 def _answer(row: Row, column: str, place: str) -> list[Message]:
-    raw = row.get(column)
+    raw: Any = row.get(column)
     value = parsed(raw)
     if isinstance(value, dict) and "role" in value:
         value = [value]

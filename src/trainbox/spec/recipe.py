@@ -555,7 +555,7 @@ class EncoderRecipe(AdapterRecipe):
     """A recipe whose learning rate follows from its method: an adapter learns fifty times faster than all weights."""
 
     peft: Peft = Peft(method="full")
-    lora: Lora = EncoderLora()
+    lora: EncoderLora = EncoderLora()
 
     LEARNING_RATES: ClassVar[tuple[float, float]] = (2e-5, 1e-3)
     """Of all weights, and of an adapter, where training.learning_rate is not given."""
@@ -585,7 +585,6 @@ class TextClassifierRecipe(EncoderRecipe):
 
     task: Literal["text-classification"] = "text-classification"
     data: LabelledData = LabelledData()
-    lora: EncoderLora = EncoderLora()
     classification: Classification = Classification()
 
     METRICS = (
@@ -598,7 +597,6 @@ class TokenClassifierRecipe(EncoderRecipe):
 
     task: Literal["token-classification"] = "token-classification"
     data: LabelledData = LabelledData()
-    lora: EncoderLora = EncoderLora()
 
     METRICS = ("loss", "accuracy", "precision", "recall", "f1")
 

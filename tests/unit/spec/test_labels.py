@@ -56,7 +56,7 @@ def tagged(row, fields=None):
 
 
 @pytest.mark.parametrize(
-    ("row", "example", "format"),
+    ("row", "example", "columns"),
     [
         ({"text": "T", "label": "a"}, {"text": "T", "labels": ["a"]}, "text -> label"),
         ({"id": 7, "review": "T", "sentiment": 1}, {"text": "T", "labels": ["1"]}, "review -> sentiment"),
@@ -76,10 +76,10 @@ def tagged(row, fields=None):
         ),
     ],
 )
-def test_texts_and_label_are_found_by_the_usual_names(row, example, format):
+def test_texts_and_label_are_found_by_the_usual_names(row, example, columns):
     reader = LabelReader(TextClassifierRecipe())
     assert reader.to_example(row, "x:1") == example
-    assert reader.formats == {format: 1}
+    assert reader.formats == {columns: 1}
 
 
 def test_columns_may_have_other_names_and_those_win():
@@ -90,7 +90,8 @@ def test_columns_may_have_other_names_and_those_win():
 
 @pytest.mark.parametrize("ours", ["text", "text_pair", "label"])
 def test_a_named_column_that_is_not_there_is_refused(refuses, ours):
-    with refuses(3, "x:1: has no column 'mial'", "columns here: text, label", f"data.columns='{{{ours}: YOUR_COLUMN}}'"):
+    naming = f"data.columns='{{{ours}: YOUR_COLUMN}}'"
+    with refuses(3, "x:1: has no column 'mial'", "columns here: text, label", naming):
         row_of({"text": "T", "label": "a"}, {"data": {"columns": {ours: "mial"}}})
 
 
@@ -255,7 +256,7 @@ def test_every_one_of_several_labels_counts(refuses, classes):
 
 
 @pytest.mark.parametrize(
-    ("row", "format"),
+    ("row", "columns"),
     [
         (NAMES, "tokens -> tags"),
         ({"id": 1, "words": NAMES["tokens"], "ner_tags": NAMES["tags"]}, "words -> ner_tags"),
@@ -263,10 +264,10 @@ def test_every_one_of_several_labels_counts(refuses, classes):
         ({name: json.dumps(value) for name, value in NAMES.items()}, "tokens -> tags"),
     ],
 )
-def test_words_and_tags_come_as_lists_as_json_text_or_between_spaces(row, format):
+def test_words_and_tags_come_as_lists_as_json_text_or_between_spaces(row, columns):
     reader = TagReader(TokenClassifierRecipe())
     assert reader.to_example(row, "x:1") == NAMES
-    assert reader.formats == {format: 1}
+    assert reader.formats == {columns: 1}
 
 
 def test_columns_of_words_and_tags_may_have_other_names(refuses):
@@ -427,7 +428,7 @@ def test_any_tagged_row_becomes_an_example_or_is_refused(tokens, tags):
         assert all(isinstance(tag, str) and tag.strip() for tag in made["tags"])
 
 
-@given(st.lists(st.sampled_from("O B-X I-X B-Y I-Y".split()), max_size=8))
+@given(st.lists(st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"]), max_size=8))
 def test_a_sequence_is_possible_where_each_inner_tag_follows_its_own_kind(tags):
     inner = [(before, tag) for before, tag in zip(["O", *tags], tags, strict=False) if tag.startswith("I")]
     assert all(IOB.fullmatch(tag) for tag in tags)

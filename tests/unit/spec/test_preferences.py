@@ -67,11 +67,9 @@ def kto():
     [
         (PAIR, compared()),
         ({**PAIR, "id": 7, "system": " ", "tools": None}, compared()),
-        ({**PAIR, "prompt": 4, "chosen": 1, "rejected": 2.5}, None),
         ({"prompt": ASKED, "chosen": answered("good"), "rejected": answered("bad")}, compared()),
         ({"prompt": json.dumps(ASKED), "chosen": json.dumps(answered("good")), "rejected": "bad"}, compared()),
         ({**PAIR, "chosen": answered("good")[0]}, compared()),
-        ({"prompt": "[3, 1]", "chosen": "[1, 3]", "rejected": "[]"}, None),
         # Whole conversations, with the prompt beside them and without it.
         ({"prompt": "Q", "chosen": ASKED + answered("good"), "rejected": ASKED + answered("bad")}, compared()),
         ({"chosen": ASKED + answered("good"), "rejected": ASKED + answered("bad")}, compared()),
@@ -80,12 +78,13 @@ def kto():
     ],
 )
 def test_a_pair_becomes_a_prompt_and_two_answers(row, example):
-    made = preference(row)
-    texts = [message["content"] for messages in made.values() for message in messages]
-    if example:
-        assert made == example
-    else:
-        assert texts == [str(row[column]) for column in ("prompt", "chosen", "rejected")]
+    assert preference(row) == example
+
+
+@pytest.mark.parametrize("texts", [("[3, 1]", "[1, 3]", "[]"), ('[{"a": 1}]', "{}", '{"a": 1}'), (4, 1, 2.5)])
+def test_numbers_and_texts_that_are_json_stay_texts(texts):
+    made = preference(dict(zip(PAIR, texts, strict=True)))
+    assert [message["content"] for messages in made.values() for message in messages] == [str(text) for text in texts]
 
 
 WITH_SYSTEM = said(("system", "S"), ("user", "Q"))

@@ -165,8 +165,8 @@ def test_an_unknown_reward_is_refused_with_those_that_are_known(load, refuses):
 
 
 def test_only_rewards_in_python_bring_code(load):
-    rewards = [{"type": "json"}, {"type": "python", "file": "a.py"}, {"type": "python", "file": "b.py", "function": "f"}]
-    assert load(recipe("grpo", rewards=rewards)).code == (("a.py", "reward"), ("b.py", "f"))
+    ours = [{"type": "python", "file": "a.py"}, {"type": "python", "file": "b.py", "function": "f"}]
+    assert load(recipe("grpo", rewards=[{"type": "json"}, *ours])).code == (("a.py", "reward"), ("b.py", "f"))
     assert [load(recipe(task)).code for task in RECIPES] == [()] * len(RECIPES)
 
 
