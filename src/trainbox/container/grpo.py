@@ -274,9 +274,11 @@ class Grpo(CausalTask):
         return super().train(interrupt, resume)
 
     def config(self) -> dict[str, Any]:
-        """One answer a row is enough to evaluate: the mean over rows is what counts there."""
+        """One answer a row is enough to evaluate: the mean over rows is what counts there, and the loss says nothing."""
         weights = [reward.weight for reward in self.recipe.rewards]
-        return {**self.recipe.grpo.model_dump(), "reward_weights": weights, "num_generations_eval": 1}
+        own = {**self.recipe.grpo.model_dump(), "reward_weights": weights, "num_generations_eval": 1}
+        by_loss = self.recipe.training.metric_for_best_model.endswith("loss")
+        return own | ({"metric_for_best_model": None} if by_loss else {})
 
     def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
         """The rewards."""
