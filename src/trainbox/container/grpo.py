@@ -274,7 +274,7 @@ class Grpo(CausalTask):
         return super().train(interrupt, resume)
 
     def config(self) -> dict[str, Any]:
-        """One answer a row is enough to evaluate: the mean over rows is what counts there, and the loss says nothing."""
+        """One answer a row is enough to evaluate: the mean over rows is what counts, and the loss says nothing."""
         weights = [reward.weight for reward in self.recipe.rewards]
         own = {**self.recipe.grpo.model_dump(), "reward_weights": weights, "num_generations_eval": 1}
         by_loss = self.recipe.training.metric_for_best_model.endswith("loss")
