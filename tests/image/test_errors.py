@@ -152,7 +152,8 @@ def test_packing_is_refused_for_an_architecture_that_attends_across_rows(engine:
 
 
 def test_an_attention_that_the_model_does_not_have_names_the_one_that_all_have(engine: Docker, tmp_path: Path) -> None:
-    ended = run(*training("llm-full", tmp_path / "out", PLAIN, "--model=random:bloom"))
+    sdpa = f"{PLAIN} model.attn_implementation=sdpa"
+    ended = run(*training("llm-full", tmp_path / "out", sdpa, "--model=random:bloom"))
     assert ended.code == 2, ended.text
     ended.says("model.attn_implementation: sdpa cannot be used", "model.attn_implementation=eager")
 

@@ -68,7 +68,7 @@ class PairEncoder(Encoder):
         prompt, tools = example["prompt"], example.get("tools")
         answered: list[list[Message]] = [[*prompt, *example[name]] for name in self.answers]
         try:
-            texts = [self._chat._trimmed(self._chat.apply(messages, tools)) for messages in answered]
+            texts = [self._chat.trimmed(self._chat.apply(messages, tools)) for messages in answered]
             return self._chat.apply(prompt, tools, prompt=True), texts
         except Exception as error:  # a template is a program and may raise anything
             fault = f"the model's chat template refuses it: {error}"

@@ -227,7 +227,7 @@ class ChatEncoder(Encoder):
         then the turn is found by its content, and its end by how it ends on its own.
         """
         before = self.apply(messages[:index], tools, prompt=True) if index else ""
-        through = self._trimmed(text if index == len(messages) - 1 else self.apply(messages[: index + 1], tools))
+        through = self.trimmed(text if index == len(messages) - 1 else self.apply(messages[: index + 1], tools))
         if text.startswith(before) and text.startswith(through):
             return len(before), len(through)
         content = str(messages[index]["content"]).strip()
@@ -237,7 +237,7 @@ class ChatEncoder(Encoder):
         end = start + len(content)
         return start, end + len(tail) if text.startswith(tail, end) else end
 
-    def _trimmed(self, text: str) -> str:
+    def trimmed(self, text: str) -> str:
         """Without the end-of-text token that some templates put after the last turn's own end (Phi), if it has one."""
         text = text.rstrip()
         shorter = text.removesuffix(self.tokenizer.eos_token).rstrip()
