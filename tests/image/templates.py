@@ -8,8 +8,9 @@ import trl
 from transformers.utils import logging
 
 from trainbox.container.models import byte_tokenizer
-from trainbox.container.text import IGNORED, Encoder
-from trainbox.spec.recipe import Data
+from trainbox.container.text import IGNORED, ChatEncoder
+from trainbox.spec.recipe import SftRecipe
+from trainbox.spec.run import DataSource, ModelSource, RunSpec
 
 logging.set_verbosity_error()
 CHAT = [
@@ -28,10 +29,18 @@ MISTRAL = (
 """As Mistral 7B v0.3 does it: the system prompt goes to the last message, if that is the user's."""
 
 
+SPEC = RunSpec(
+    date="2026-01-02",
+    recipe=SftRecipe(),
+    model=ModelSource(name="none", reference="none"),
+    data=DataSource(files={}, hash="", rows={}),
+)
+
+
 def learned(template: str) -> dict[str, object]:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    (row,) = Encoder(tokenizer, Data(), "2026-01-02").encode([("row 1", {"messages": CHAT})])
+    (row,) = ChatEncoder(SPEC, tokenizer).encode([("row 1", {"messages": CHAT})])
     runs, before = [], False
     for label in row.labels.tolist():
         if label != IGNORED:

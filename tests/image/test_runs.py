@@ -390,7 +390,7 @@ def gradients():
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 before = gradients()
 trainer.evaluate()
-answer(trainer.model, tokenizer, "What?", 2)
+task.predict(trainer.model, [{"messages": [{"role": "user", "content": "What?"}]}], {"max_new_tokens": 2})
 after = gradients()
 assert before.keys() == after.keys()
 assert [name for name in before if not torch.equal(before[name], after[name])] == []
