@@ -42,6 +42,7 @@ class PairEncoder(Encoder):
     columns = {"prompt_ids": TOKENS, "chosen_ids": TOKENS, "rejected_ids": TOKENS}  # noqa: RUF012
     sources = (*ChatEncoder.sources, "container/preference.py", "spec/preferences.py")
     answers: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    forks = True
 
     def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)

@@ -40,6 +40,8 @@ class Encoder:
     """Files of this package that decide what a row becomes: where one changes, the cache no longer counts."""
     counts: ClassVar[tuple[str, ...]] = ()
     """What is counted besides rows, dropped, truncated, tokens and longest."""
+    forks: ClassVar[bool] = False
+    """Whether rows cost Python's time besides the tokenizer's, which has threads of its own: then processes pay."""
     depends_on: Any = None
     """What else decides what a row becomes; goes into the cache's key as JSON."""
 
@@ -174,7 +176,7 @@ def _encode_all(encoder: Encoder, rows: Iterator[Placed], total: int) -> Iterato
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     # A container's CPU limit is told by the harness; the machine's cores show in it all the same.
     workers = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-    if total < PARALLEL_FROM or workers < 2:
+    if not encoder.forks or total < PARALLEL_FROM or workers < 2:
         yield from map(encoder.encode, chunks)
         return
     # Workers are forked, so that they share the tokenizer; a window at a time keeps memory flat.

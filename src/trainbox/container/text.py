@@ -97,6 +97,7 @@ class ChatEncoder(Encoder):
 
     sources = (*Encoder.sources, "container/text.py", "spec/formats.py")
     counts = ("learned", "unlearned", "lost", "sequences")
+    forks = True
 
     def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)
