@@ -25,7 +25,7 @@ def profiles(name):
 def test_a_recipe_loads_in_each_profile_and_its_sample_is_good_data(name, profile):
     folder = pipeline.recipe_folder(name)
     recipe = load_recipe(folder, Choices(name, profile))
-    splits = find_splits(recipe.data, folder)
+    splits = find_splits(recipe, folder)
     facts = check(recipe, splits)
     enough = {"train": 20_000, "validation": 2000} if is_text(facts) else {"train": 100, "validation": 10}
     for split, least in enough.items():
@@ -46,7 +46,7 @@ def test_no_held_out_row_of_a_sample_is_a_training_row(name):
     recipe = load_recipe(folder, Choices(name))
     known = {
         split: {line for _, example in reader(recipe).read(files) for line in lines(example)}
-        for split, files in find_splits(recipe.data, folder).items()
+        for split, files in find_splits(recipe, folder).items()
     }
     for split in known.keys() - {"train"}:
         assert known[split]

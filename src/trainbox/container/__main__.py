@@ -141,9 +141,15 @@ def _text_classification() -> type[Task]:
 
 
 def _token_classification() -> type[Task]:
-    from trainbox.container.classify import TokenClassification
+    from trainbox.container.tag import TokenClassification
 
     return TokenClassification
+
+
+def _image_classification() -> type[Task]:
+    from trainbox.container.images import ImageClassification
+
+    return ImageClassification
 
 
 def _seq2seq() -> type[Task]:
@@ -175,6 +181,7 @@ TASKS: dict[str, Callable[[], Callable[[RunSpec], Task]]] = {
     "sft": _sft,
     "text-classification": _text_classification,
     "token-classification": _token_classification,
+    "image-classification": _image_classification,
     "seq2seq": _seq2seq,
     "masked-lm": _masked_lm,
     "preference": _preference,

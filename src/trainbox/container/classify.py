@@ -1,9 +1,8 @@
-"""Labels for texts and tags for words: sequence and token classification."""
+"""Labels for texts, and what every classifier shares."""
 
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
-from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as by_entity
 from sklearn import metrics as scores
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     TrainingArguments,
 )
@@ -26,9 +22,8 @@ from trainbox.container import trainer as shared
 from trainbox.container.prepare import TOKENS, Encoder, Placed, Stats
 from trainbox.container.report import emit
 from trainbox.container.task import Outcome, Settings, Task
-from trainbox.container.text import IGNORED, load_fast_tokenizer
+from trainbox.container.text import load_fast_tokenizer
 from trainbox.spec.asking import Question
-from trainbox.spec.labels import IOB
 from trainbox.spec.rows import Row
 from trainbox.spec.run import RunSpec
 
@@ -38,7 +33,7 @@ class Trainer(shared.BoxTrainer, transformers.Trainer):  # type: ignore[misc]
 
 
 class Classification(Task):
-    """What both share: a head with a label for each ID, and figures by label."""
+    """What all share: a head with a label for each ID, and figures by label."""
 
     trainer_class = Trainer
     config_class = TrainingArguments
@@ -48,14 +43,6 @@ class Classification(Task):
         self.labels = list(spec.data.labels)
         self._last: tuple[Any, Any] | None = None
 
-    def load_tokenizer(self, folder: Path) -> Any:
-        """The tokenizer; one without padding (a decoder's) pads with its end token."""
-        tokenizer = load_fast_tokenizer(folder, trust_remote_code=self.recipe.model.trust_remote_code)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "right"
-        return tokenizer
-
     def model_config(self) -> dict[str, Any]:
         """The head of this run's labels, whatever the base was trained for before."""
         names = dict(enumerate(self.labels))
@@ -63,21 +50,12 @@ class Classification(Task):
             "num_labels": len(names),
             "id2label": names,
             "label2id": {name: number for number, name in names.items()},
-            "pad_token_id": self.tokenizer.pad_token_id,
             "ignore_mismatched_sizes": True,
         }
 
-    def config(self) -> dict[str, Any]:
-        """Rows of like length share a batch, so that little is padding."""
-        return {"train_sampling_strategy": "group_by_length"}
-
     def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
-        """The metrics, and batches padded to their longest row."""
-        return {
-            **super().trainer_arguments(model, data),
-            "compute_metrics": self._remember,
-            "data_collator": self.collator(pad_to_multiple_of=8 if torch.cuda.is_available() else None),
-        }
+        """With the metrics."""
+        return {**super().trainer_arguments(model, data), "compute_metrics": self._remember}
 
     def _remember(self, evaluated: Any) -> dict[str, float]:
         self._last = evaluated.predictions, evaluated.label_ids
@@ -93,16 +71,118 @@ class Classification(Task):
             emit("table", text=_matrix(self.labels, report["confusion"]))
         return {"evaluation": report}
 
-    def collator(self, pad_to_multiple_of: int | None) -> Any:
-        """What makes a batch of rows."""
-        raise NotImplementedError
-
     def figures(self, logits: Any, labels: Any) -> dict[str, float]:
         """The metrics by name."""
         raise NotImplementedError
 
     def by_label(self, logits: Any, labels: Any) -> dict[str, Any]:
         """`by_label`, and what else the record keeps."""
+        raise NotImplementedError
+
+
+class Labelling(Classification):
+    """A label for a row, or with multi_label any number of them."""
+
+    @property
+    def _multi(self) -> bool:
+        return bool(self.recipe.classification.multi_label)
+
+    def model_config(self) -> dict[str, Any]:
+        """Sigmoids for several labels, a softmax for one."""
+        kind = "multi_label_classification" if self._multi else "single_label_classification"
+        return {**super().model_config(), "problem_type": kind}
+
+    def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
+        """With the labels' weights in the loss, where the recipe has any."""
+        arguments = super().trainer_arguments(model, data)
+        if self.recipe.classification.class_weights:
+            weights = torch.tensor(self._weights(data["train"]), dtype=torch.float32)
+            arguments["compute_loss_func"] = functools.partial(arguments["compute_loss_func"], weights=weights)
+        return arguments
+
+    def _weights(self, rows: Any) -> list[float]:
+        """By label. balanced: rows / (labels x rows of the label); for several labels, absent / present."""
+        wanted = self.recipe.classification.class_weights
+        if wanted != "balanced":
+            return [wanted.get(label, 1.0) for label in self.labels]
+        labels = np.asarray(rows.with_format("numpy")["labels"])
+        counts = labels.sum(axis=0) if self._multi else np.bincount(labels, minlength=len(self.labels))
+        counts = np.maximum(counts, 1)
+        weights = (len(labels) - counts) / counts if self._multi else len(labels) / (len(self.labels) * counts)
+        told = ", ".join(f"{label} {weight:.2f}" for label, weight in zip(self.labels, weights, strict=True))
+        emit("note", text=f"weights of the labels: {told}")
+        return [float(weight) for weight in weights]
+
+    def _decide(self, logits: Any) -> Any:
+        return (logits > 0).astype(int) if self._multi else logits.argmax(-1)
+
+    def figures(self, logits: Any, labels: Any) -> dict[str, float]:
+        """Accuracy (all labels of a row right), weighted and macro precision, recall and F1 by scikit-learn."""
+        found, labels = self._decide(logits), labels.astype(int)
+        out = {"accuracy": scores.accuracy_score(labels, found)}
+        for average, prefix in (("weighted", ""), ("macro", "macro_")):
+            figures = scores.precision_recall_fscore_support(labels, found, average=average, zero_division=0)
+            out |= {
+                f"{prefix}{name}": value for name, value in zip(("precision", "recall", "f1"), figures, strict=False)
+            }
+        return {name: float(value) for name, value in out.items()}
+
+    def by_label(self, logits: Any, labels: Any) -> dict[str, Any]:
+        """Figures by label; for a single label the confusion matrix, a row for each true label."""
+        found, labels = self._decide(logits), labels.astype(int)
+        numbers = list(range(len(self.labels)))
+        figures = scores.precision_recall_fscore_support(labels, found, labels=numbers, zero_division=0)
+        out: dict[str, Any] = {"by_label": by_label_rows(self.labels, figures)}
+        if not self._multi:
+            out["confusion"] = scores.confusion_matrix(labels, found, labels=numbers).tolist()
+        return out
+
+    def say(self, logits: torch.Tensor) -> list[Row]:
+        """`{"label": ..., "probabilities": {...}}` for each row of logits, or `{"labels": [...], ...}` for several."""
+        shares = logits.float().sigmoid() if self._multi else logits.float().softmax(-1)
+        said = []
+        for values in shares.tolist():
+            by_label = dict(zip(self.labels, (round(value, 6) for value in values), strict=True))
+            best: dict[str, Any] = {"labels": [label for label, value in by_label.items() if value > 0.5]}
+            said.append(
+                (best if self._multi else {"label": max(by_label, key=by_label.__getitem__)})
+                | {"probabilities": by_label}
+            )
+        return said
+
+    def show(self, question: Question, said: Row) -> str:
+        """The label, and how sure the model is of each."""
+        best = sorted(said["probabilities"].items(), key=lambda item: -item[1])[:5]
+        named = said.get("label") or ", ".join(said.get("labels", [])) or "(none)"
+        return f"{named}   ({', '.join(f'{label} {value:.2f}' for label, value in best)})"
+
+
+class OnText(Classification):
+    """What both share whose rows are texts."""
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        """The tokenizer; one without padding (a decoder's) pads with its end token."""
+        tokenizer = load_fast_tokenizer(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        return tokenizer
+
+    def model_config(self) -> dict[str, Any]:
+        """With the token that a batch is filled up with."""
+        return {**super().model_config(), "pad_token_id": self.tokenizer.pad_token_id}
+
+    def config(self) -> dict[str, Any]:
+        """Rows of like length share a batch, so that little is padding."""
+        return {"train_sampling_strategy": "group_by_length"}
+
+    def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
+        """Batches padded to their longest row."""
+        collator = self.collator(pad_to_multiple_of=8 if torch.cuda.is_available() else None)
+        return {**super().trainer_arguments(model, data), "data_collator": collator}
+
+    def collator(self, pad_to_multiple_of: int | None) -> Any:
+        """What makes a batch of rows."""
         raise NotImplementedError
 
 
@@ -152,73 +232,19 @@ class TextEncoder(Encoder):
         return *inputs, length, label
 
 
-class TextClassification(Classification):
+class TextClassification(OnText, Labelling):
     """A label for a text, or with multi_label any number of them."""
 
     auto_class = AutoModelForSequenceClassification
     adapter_type = "SEQ_CLS"
     encoder_class = TextEncoder
 
-    @property
-    def _multi(self) -> bool:
-        return bool(self.recipe.classification.multi_label)
-
-    def model_config(self) -> dict[str, Any]:
-        """Sigmoids for several labels, a softmax for one."""
-        kind = "multi_label_classification" if self._multi else "single_label_classification"
-        return {**super().model_config(), "problem_type": kind}
-
-    def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
-        """With the labels' weights in the loss, where the recipe has any."""
-        arguments = super().trainer_arguments(model, data)
-        if self.recipe.classification.class_weights:
-            weights = torch.tensor(self._weights(data["train"]), dtype=torch.float32)
-            arguments["compute_loss_func"] = functools.partial(shared.label_loss, weights=weights)
-        return arguments
-
-    def _weights(self, rows: Any) -> list[float]:
-        """By label. balanced: rows / (labels x rows of the label); for several labels, absent / present."""
-        wanted = self.recipe.classification.class_weights
-        if wanted != "balanced":
-            return [wanted.get(label, 1.0) for label in self.labels]
-        labels = np.asarray(rows.with_format("numpy")["labels"])
-        counts = labels.sum(axis=0) if self._multi else np.bincount(labels, minlength=len(self.labels))
-        counts = np.maximum(counts, 1)
-        weights = (len(labels) - counts) / counts if self._multi else len(labels) / (len(self.labels) * counts)
-        told = ", ".join(f"{label} {weight:.2f}" for label, weight in zip(self.labels, weights, strict=True))
-        emit("note", text=f"weights of the labels: {told}")
-        return [float(weight) for weight in weights]
-
     def collator(self, pad_to_multiple_of: int | None) -> Any:
         """Padded to the longest row."""
         return DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=pad_to_multiple_of)
 
-    def _decide(self, logits: Any) -> Any:
-        return (logits > 0).astype(int) if self._multi else logits.argmax(-1)
-
-    def figures(self, logits: Any, labels: Any) -> dict[str, float]:
-        """Accuracy (all labels of a row right), weighted and macro precision, recall and F1 by scikit-learn."""
-        found, labels = self._decide(logits), labels.astype(int)
-        out = {"accuracy": scores.accuracy_score(labels, found)}
-        for average, prefix in (("weighted", ""), ("macro", "macro_")):
-            figures = scores.precision_recall_fscore_support(labels, found, average=average, zero_division=0)
-            out |= {
-                f"{prefix}{name}": value for name, value in zip(("precision", "recall", "f1"), figures, strict=False)
-            }
-        return {name: float(value) for name, value in out.items()}
-
-    def by_label(self, logits: Any, labels: Any) -> dict[str, Any]:
-        """Figures by label; for a single label the confusion matrix, a row for each true label."""
-        found, labels = self._decide(logits), labels.astype(int)
-        numbers = list(range(len(self.labels)))
-        figures = scores.precision_recall_fscore_support(labels, found, labels=numbers, zero_division=0)
-        out: dict[str, Any] = {"by_label": _by_label(self.labels, figures)}
-        if not self._multi:
-            out["confusion"] = scores.confusion_matrix(labels, found, labels=numbers).tolist()
-        return out
-
     def predict(self, model: Any, questions: list[Question], settings: Settings) -> list[Row]:
-        """`{"label": ..., "probabilities": {...}}`, or `{"labels": [...], ...}` for several."""
+        """The labels with their probabilities."""
         # One by one, since pairs and single texts do not mix in a call.
         encoded = [
             self.tokenizer(each["text"], each.get("text_pair"), truncation=True, max_length=self.recipe.data.max_length)
@@ -226,216 +252,14 @@ class TextClassification(Classification):
         ]
         inputs = self.tokenizer.pad(encoded, return_tensors="pt").to(model.device)
         with torch.inference_mode():
-            logits = model(**inputs).logits.float()
-        shares = logits.sigmoid() if self._multi else logits.softmax(-1)
-        said = []
-        for values in shares.tolist():
-            by_label = dict(zip(self.labels, (round(value, 6) for value in values), strict=True))
-            best: dict[str, Any] = {"labels": [label for label, value in by_label.items() if value > 0.5]}
-            said.append(
-                (best if self._multi else {"label": max(by_label, key=by_label.__getitem__)})
-                | {"probabilities": by_label}
-            )
-        return said
-
-    def show(self, question: Question, said: Row) -> str:
-        """The label, and how sure the model is of each."""
-        best = sorted(said["probabilities"].items(), key=lambda item: -item[1])[:5]
-        named = said.get("label") or ", ".join(said.get("labels", [])) or "(none)"
-        return f"{named}   ({', '.join(f'{label} {value:.2f}' for label, value in best)})"
-
-
-# A tag for each word
-
-
-class WordEncoder(Encoder):
-    """The pieces of words; the first piece of each has its tag, the others are not learned."""
-
-    columns = {"input_ids": TOKENS, "length": pa.int32(), "labels": TOKENS}  # noqa: RUF012
-    sources = (*Encoder.sources, "container/classify.py", "spec/labels.py")
-    counts = ("words", "cut", "lost")
-
-    def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
-        super().__init__(spec, tokenizer)
-        self._ids = {label: number for number, label in enumerate(spec.data.labels)}
-
-    def encode(self, rows: list[Placed]) -> list[tuple[Any, ...]]:
-        """IDs, labels, words, and how many of these came to no piece."""
-        words = [example["tokens"] for _, example in rows]
-        encoded = self.tokenizer(words, is_split_into_words=True)
-        out = []
-        for index, (_, example) in enumerate(rows):
-            labels, before = [], None
-            for word in encoded.word_ids(index):
-                first = word is not None and word != before
-                labels.append(self._ids[example["tags"][word]] if first else IGNORED)
-                before = word
-            found = len({word for word in encoded.word_ids(index) if word is not None})
-            out.append((encoded["input_ids"][index], labels, len(example["tags"]), len(example["tags"]) - found))
-        return out
-
-    def keep(self, row: tuple[Any, ...], stats: Stats) -> tuple[Any, ...] | None:
-        """The row cut to its length; the last token, which ends a text, stays."""
-        ids, labels, words, lost = row
-        stats["longest"] = max(stats["longest"], len(ids))
-        if len(ids) > self.data.max_length:
-            ends = labels[-1] == IGNORED
-            kept = self.data.max_length - ends
-            whole = sum(label != IGNORED for label in labels)
-            ids, labels = ids[:kept] + ids[len(ids) - ends :], labels[:kept] + labels[len(labels) - ends :]
-            stats["cut"] += whole - sum(label != IGNORED for label in labels)
-            stats["truncated"] += 1
-        if all(label == IGNORED for label in labels):
-            return None
-        stats["words"] += words
-        stats["lost"] += lost
-        stats["tokens"] += len(ids)
-        return ids, len(ids), labels
-
-    def warnings(self, split: str, stats: Stats) -> list[str]:
-        """Words that are not learned."""
-        lines = []
-        if stats["cut"]:
-            lines.append(f"{split}: {stats['cut']:,} words lie beyond data.max_length {self.data.max_length}")
-        if stats["lost"]:
-            lines.append(f"{split}: {stats['lost']:,} words are nothing to the model's tokenizer")
-        return lines
-
-
-class TokenClassification(Classification):
-    """A tag for each word: entities in IOB tags, or parts of speech and the like."""
-
-    auto_class = AutoModelForTokenClassification
-    adapter_type = "TOKEN_CLS"
-    encoder_class = WordEncoder
-
-    def __init__(self, spec: RunSpec) -> None:
-        super().__init__(spec)
-        self._entities = all(IOB.fullmatch(label) for label in self.labels)
-
-    def load_tokenizer(self, folder: Path) -> Any:
-        """The tokenizer; a byte-level one has to put a space before a word that stands alone."""
-        tokenizer = super().load_tokenizer(folder)
-        if getattr(tokenizer, "add_prefix_space", None) is False:
-            again = transformers.AutoTokenizer.from_pretrained(str(folder), add_prefix_space=True)
-            again.pad_token, again.padding_side = tokenizer.pad_token, "right"
-            return again
-        return tokenizer
-
-    def collator(self, pad_to_multiple_of: int | None) -> Any:
-        """Padded to the longest row, labels too."""
-        return DataCollatorForTokenClassification(self.tokenizer, pad_to_multiple_of=pad_to_multiple_of)
-
-    def _tags(self, logits: Any, labels: Any) -> tuple[list[list[str]], list[list[str]]]:
-        """The true tags and the found ones, by row."""
-        truth, found = [], []
-        for row, wanted in zip(logits.argmax(-1), labels, strict=True):
-            kept = wanted != IGNORED
-            truth.append([self.labels[number] for number in wanted[kept]])
-            found.append([self.labels[number] for number in row[kept]])
-        return truth, found
-
-    def figures(self, logits: Any, labels: Any) -> dict[str, float]:
-        """Accuracy of words; precision, recall and F1 of entities by seqeval, else of tags by scikit-learn."""
-        truth, found = self._tags(logits, labels)
-        flat = [tag for row in truth for tag in row], [tag for row in found for tag in row]
-        accuracy = scores.accuracy_score(*flat)
-        if self._entities:
-            figures = by_entity(truth, found, average="micro", zero_division=0)
-        else:
-            figures = scores.precision_recall_fscore_support(*flat, average="weighted", zero_division=0)
-        named = zip(("precision", "recall", "f1"), figures, strict=False)
-        return {"accuracy": float(accuracy)} | {name: float(value) for name, value in named}
-
-    def by_label(self, logits: Any, labels: Any) -> dict[str, Any]:
-        """Figures by kind of entity, or by tag; and what always saying the commonest tag would score."""
-        truth, found = self._tags(logits, labels)
-        flat = [tag for row in truth for tag in row], [tag for row in found for tag in row]
-        (_, commonest), *_ = Counter(flat[0]).most_common(1)
-        if self._entities:
-            figures = by_entity(truth, found, average=None, zero_division=0)
-            names = sorted({label.partition("-")[2] for label in self.labels if label != "O"})
-            names = [name for name in names if any(tag.endswith(f"-{name}") for tags in flat for tag in tags)]
-        else:
-            names = [label for label in self.labels if label in {*flat[0], *flat[1]}]
-            figures = scores.precision_recall_fscore_support(*flat, labels=names, zero_division=0)
-        baseline = commonest / len(flat[0])
-        accuracy = scores.accuracy_score(*flat)
-        emit("note", text=f"accuracy {accuracy:.4f}, always saying the commonest tag {baseline:.4f}")
-        return {"by_label": _by_label(names, figures), "majority_baseline": baseline}
-
-    def predict(self, model: Any, questions: list[Question], settings: Settings) -> list[Row]:
-        """Each word's tag, and for entities where in the text they stand."""
-        split = [_words(question) for question in questions]
-        inputs = self.tokenizer(
-            [[word for word, _, _ in words] for words in split], is_split_into_words=True, truncation=True,
-            max_length=self.recipe.data.max_length, padding=True, return_tensors="pt",
-        )  # fmt: skip
-        with torch.inference_mode():
-            shares = model(**inputs.to(model.device)).logits.float().softmax(-1).cpu()
-        said = []
-        for index, words in enumerate(split):
-            best, before = {}, None
-            for position, word in enumerate(inputs.word_ids(index)):
-                if word is not None and word != before:
-                    value, number = shares[index, position].max(-1)
-                    best[word] = self.labels[int(number)], round(float(value), 6)
-                before = word
-            tagged = [(*word, *best.get(number, ("O", 0.0))) for number, word in enumerate(words)]
-            out: Row = {"tokens": [word for word, *_ in tagged], "tags": [tag for *_, tag, _ in tagged]}
-            said.append({**out, "entities": _entities(_text(questions[index]), tagged)} if self._entities else out)
-        return said
-
-    def show(self, question: Question, said: Row) -> str:
-        """The text with its entities marked, `[Berlin](LOC)`; or each word with its tag."""
-        if not self._entities:
-            return " ".join(f"{word}/{tag}" for word, tag in zip(said["tokens"], said["tags"], strict=True))
-        text, end, shown = _text(question), 0, ""
-        for entity in said["entities"]:
-            shown += f"{text[end : entity['start']]}[{entity['text']}]({entity['label']})"
-            end = entity["end"]
-        return shown + text[end:]
-
-
-def _text(question: Question) -> str:
-    return str(question["text"]) if "text" in question else " ".join(question["tokens"])
-
-
-def _words(question: Question) -> list[tuple[str, int, int]]:
-    """Words with their places in the text: those of `tokens`, else runs of letters, and each other sign by itself."""
-    if "text" in question:
-        return [(match[0], *match.span()) for match in re.finditer(r"\w+|[^\w\s]", question["text"])]
-    words, start = [], 0
-    for word in question["tokens"]:
-        words.append((word, start, start + len(word)))
-        start += len(word) + 1
-    return words
-
-
-def _entities(text: str, tagged: list[tuple[str, int, int, str, float]]) -> list[Row]:
-    """Runs of words with tags of one kind; the score is the least of theirs."""
-    found: list[Row] = []
-    before = "O"
-    for _, start, end, tag, score in tagged:
-        where, _, kind = tag.partition("-")
-        if tag != "O":
-            goes_on = where in ("I", "E", "L") and before.partition("-")[2] == kind
-            if goes_on:
-                found[-1] |= {
-                    "end": end,
-                    "text": text[found[-1]["start"] : end],
-                    "score": min(found[-1]["score"], score),
-                }
-            else:
-                found.append({"text": text[start:end], "label": kind, "start": start, "end": end, "score": score})
-        before = tag
-    return found
+            return self.say(model(**inputs).logits)
 
 
 # Tables
 
 
-def _by_label(labels: list[str], figures: Any) -> dict[str, dict[str, float]]:
+def by_label_rows(labels: list[str], figures: Any) -> dict[str, dict[str, float]]:
+    """scikit-learn's precision, recall, F1 and support, a row for each label."""
     rows = zip(labels, *(np.asarray(each).tolist() for each in figures), strict=True)
     return {
         label: {"precision": precision, "recall": recall, "f1": f1, "rows": int(count)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -93,25 +92,17 @@ class Masker(DataCollatorForLanguageModeling):  # type: ignore[misc]
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         """A batch with some tokens hidden; labels are those."""
-        content = zlib.crc32(b"".join(as_array(example["input_ids"]).tobytes() for example in examples))
-        self.generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, content)) % 2**63)
+        content = b"".join(as_array(example["input_ids"]).tobytes() for example in examples)
+        self.generator = torch.Generator().manual_seed(shared.seed_of(self.seed, self.epoch, content))
         return dict(super().torch_call(examples))
 
 
-class Trainer(shared.BoxTrainer, transformers.Trainer):  # type: ignore[misc]
+class Trainer(shared.ByEpoch, transformers.Trainer):  # type: ignore[misc]
     """The Trainer, with masks of each epoch's own while training and fixed ones while evaluating."""
 
-    def _run_epoch(self, **arguments: Any) -> None:
-        self.data_collator.epoch = arguments["epoch"] + 1
-        super()._run_epoch(**arguments)
-
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
-        """Evaluate as the Trainer does; perplexity is the exponential of the loss."""
-        epoch, self.data_collator.epoch = self.data_collator.epoch, 0
-        try:
-            output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **named)
-        finally:
-            self.data_collator.epoch = epoch
+        """With the perplexity, the exponential of the loss."""
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **named)
         loss = output.metrics.get(f"{metric_key_prefix}_loss", math.inf)
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 100))
         return output

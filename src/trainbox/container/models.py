@@ -24,6 +24,12 @@ SIZES = {
 }  # fmt: skip
 """How small a tiny model is, by the names that the architectures have for it."""
 TINY = {name: size for size, names in SIZES.items() for name in names}
+TINY_IMAGES = {
+    "image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "embedding_size": 32, "embed_dim": 32, "hidden_sizes": [32, 64, 128],
+    "depths": [1, 1, 1], "num_stages": 3, "num_heads": [2, 4, 8], "window_size": 4,
+}  # fmt: skip
+"""The same of image models."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -57,6 +63,9 @@ def _make_random(model_type: str, folder: Path) -> None:
         hint = nearest(model_type, CONFIG_MAPPING_NAMES)
         raise ConfigError(f"transformers knows no model type {model_type!r}", place="model.name", remedy=hint)
     kind, auto_class = _kind(model_type)
+    if kind == "image":
+        _make_random_for_images(model_type, auto_class, folder)
+        return
     tokenizer = byte_tokenizer(kind)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     known = vars(AutoConfig.for_model(model_type))
@@ -73,9 +82,28 @@ def _make_random(model_type: str, folder: Path) -> None:
     emit("stage", text=f"made a tiny random {model_type}: {model.num_parameters():,} parameters")
 
 
+def _make_random_for_images(model_type: str, auto_class: Any, folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, ViTImageProcessor
+
+    known = vars(AutoConfig.for_model(model_type))
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in TINY_IMAGES.items() if key in known})
+    torch.manual_seed(0)
+    model = auto_class.from_config(config)
+    model.save_pretrained(str(folder))
+    size = TINY_IMAGES["image_size"]
+    ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(str(folder))
+    emit("stage", text=f"made a tiny random {model_type}: {model.num_parameters():,} parameters")
+
+
 def _kind(model_type: str) -> tuple[str, Any]:
-    """What an architecture is for, with transformers' class for it: seq2seq, encoder or decoder."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+    """What an architecture is for, with transformers' class for it: seq2seq, encoder, decoder or image."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+    )
     from transformers.models.auto import modeling_auto as auto
 
     if model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
@@ -84,7 +112,9 @@ def _kind(model_type: str) -> tuple[str, Any]:
         return "encoder", AutoModelForMaskedLM
     if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "decoder", AutoModelForCausalLM
-    raise ConfigError(f"{model_type} is no language model", place="model.name")
+    if model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return "image", AutoModelForImageClassification
+    raise ConfigError(f"{model_type} is neither a language model nor one for images", place="model.name")
 
 
 def _aliases(model_type: str) -> set[str]:

@@ -56,7 +56,7 @@ def _filled(folder: Path) -> bool:
 
 
 def _data(recipe: Recipe) -> DataSource:
-    splits = find_splits(recipe.data, RECIPE)
+    splits = find_splits(recipe, RECIPE)
     progress = Progress("checking data")
     facts = check(recipe, splits, progress.update)
     files = {split: [str(path) for path in paths] for split, paths in splits.items()}

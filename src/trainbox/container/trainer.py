@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+import zlib
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -407,21 +408,58 @@ def evaluate(trainer: Any, rows: Any, prefix: str) -> dict[str, float]:
 
 
 def label_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, weights: torch.Tensor | None = None
+    outputs: Any,
+    labels: torch.Tensor,
+    num_items_in_batch: Any = None,
+    weights: torch.Tensor | None = None,
+    smoothing: float = 0.0,
+    blended: bool = False,
 ) -> torch.Tensor:
     """Cross entropy over the learned labels of a whole optimizer step, however many passes it is done in.
 
-    Labels are IDs, -100 where nothing is learned, or for several labels at once 0.0 and 1.0 (batch, labels); `weights`
-    has one for each label. A model's own loss is the mean of one pass: with accumulation, short rows would count more.
+    Labels are IDs, -100 where nothing is learned, or for several labels at once 0.0 and 1.0 (batch, labels); where they
+    are `blended`, such numbers are shares of one label each. `weights` has one for each label; `smoothing` is the share
+    spread over all of them. A model's own loss is the mean of one pass: with accumulation, short rows would count more.
     """
     logits = outputs["logits"].float()
     weights = None if weights is None else weights.to(logits.device)
-    if labels.is_floating_point():
+    shares = labels.is_floating_point()
+    if shares and not blended:
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="sum")
     else:
         flat = logits.reshape(-1, logits.shape[-1])
-        loss = torch.nn.functional.cross_entropy(flat, labels.reshape(-1), weight=weights, reduction="sum")
-    return loss / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        wanted = labels if shares else labels.reshape(-1)
+        loss = torch.nn.functional.cross_entropy(
+            flat, wanted, weight=weights, reduction="sum", label_smoothing=smoothing
+        )
+    count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return loss / (count / labels.shape[-1] if shares and blended else count)
+
+
+class ByEpoch(BoxTrainer):
+    """For a collator with chance in it: its `epoch` says which pass this is, from 1, and 0 while evaluating.
+
+    What it draws depends on seed, epoch and batch alone, so that a resumed run draws the same.
+    """
+
+    data_collator: Any
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        self.data_collator.epoch = arguments["epoch"] + 1
+        super()._run_epoch(**arguments)
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """Evaluate as the Trainer does."""
+        epoch, self.data_collator.epoch = self.data_collator.epoch, 0
+        try:
+            return super().evaluation_loop(*arguments, **named)  # type: ignore[misc]
+        finally:
+            self.data_collator.epoch = epoch
+
+
+def seed_of(seed: int, epoch: int, content: bytes) -> int:
+    """A seed for one batch of one epoch."""
+    return hash((seed, epoch, zlib.crc32(content))) % 2**63
 
 
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -13,13 +13,14 @@ from typing import Any
 from trainbox.errors import DataError
 from trainbox.host import download, hashes, paths, ui
 from trainbox.host.box import Mount
-from trainbox.spec import dataset, formats, labels, pairs, preferences, reading, recipe, rows
+from trainbox.spec import dataset, formats, images, labels, pairs, preferences, reading, recipe, rows
+from trainbox.spec.asking import IMAGES
 from trainbox.spec.dataset import Splits
 from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Recipe
 from trainbox.spec.run import BOX_DATA, DataSource, hash_json, write_json
 
-RULES = (dataset, formats, labels, pairs, preferences, reading, recipe, rows)
+RULES = (dataset, formats, images, labels, pairs, preferences, reading, recipe, rows)
 """The modules that decide whether a row is good."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,2}")
 
@@ -30,28 +31,29 @@ def check(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
     `folder` is the recipe's: relative paths start there. Raises DataError with the file and line of the first fault.
     """
     root, revision = _locate(chosen, folder)
-    splits = dataset.find_splits(chosen.data.model_copy(update={"path": str(root)}), folder)
-    return _source(chosen, splits, _code(chosen, folder), root, revision)
+    splits = dataset.find_splits(_at(chosen, root), folder)
+    return _source(chosen, splits, folder, root, revision)
 
 
 def check_for_evaluation(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
     """The same for rows to evaluate: those of the test split where there is one, else all of them."""
     root, revision = _locate(chosen, folder)
-    splits = dataset.find_splits(chosen.data.model_copy(update={"path": str(root)}), folder, training=False)
+    splits = dataset.find_splits(_at(chosen, root), folder, training=False)
     rows_of_all = [path for files in splits.values() for path in files]
-    return _source(chosen, {"test": splits.get("test", rows_of_all)}, _code(chosen, folder), root, revision)
+    return _source(chosen, {"test": splits.get("test", rows_of_all)}, folder, root, revision)
 
 
 def _source(
-    chosen: Recipe, splits: Splits, code: list[Path], root: Path, revision: str | None
+    chosen: Recipe, splits: Splits, folder: Path, root: Path, revision: str | None
 ) -> tuple[DataSource, tuple[Mount, ...]]:
+    code = _code(chosen, folder)
     facts = _check_rows(chosen, splits)
     for line in facts["warnings"]:
         ui.warn(line)
     with_code = {**splits, "code": code} if code else splits
-    files, mounts = _into_box(with_code, root)
+    files, mounts = _into_box(with_code, _roots(chosen, folder, root))
     shown = files.pop("code", [])
-    facts["hash"] = dataset.hash_splits(with_code)
+    facts["hash"] = dataset.hash_splits(chosen, dataset.whole(chosen, with_code))
     return DataSource(files=files, reference=chosen.data.path, revision=revision, code=shown, **facts), mounts
 
 
@@ -88,8 +90,9 @@ def _locate(chosen: Recipe, folder: Path) -> tuple[Path, str | None]:
 
 def _check_rows(chosen: Recipe, splits: Splits) -> dict[str, Any]:
     """Facts of a check that passed are kept: the same files under the same rules need no second look."""
-    found = hashes.hash_files([path for files in splits.values() for path in files])
-    named = {split: [(path.name, found[path]) for path in files] for split, files in splits.items()}
+    all_splits, name_of = dataset.whole(chosen, splits), dataset.reader(chosen).name_of
+    found = hashes.hash_files([path for files in all_splits.values() for path in files])
+    named = {split: [(name_of(path), found[path]) for path in files] for split, files in all_splits.items()}
     code = [dataset.hash_file(Path(str(module.__file__))) for module in RULES]
     key = hash_json([named, chosen.model_dump(mode="json", exclude={"training", "model", "limits"}), code])
     kept = paths.cache() / "checked" / f"{key}.json"
@@ -103,14 +106,28 @@ def _check_rows(chosen: Recipe, splits: Splits) -> dict[str, Any]:
     return facts
 
 
-def _into_box(splits: Splits, root: Path) -> tuple[dict[str, list[str]], tuple[Mount, ...]]:
+def _at(chosen: Recipe, root: Path) -> Recipe:
+    return chosen.model_copy(update={"data": chosen.data.model_copy(update={"path": str(root)})})
+
+
+def _roots(chosen: Recipe, folder: Path, root: Path) -> list[Path]:
+    """The folders that the box sees whole: those named as data, and where the rows of a table name other files."""
+    held_out = filter(None, (chosen.data.validation_file, chosen.data.test_file))
+    named = [root, *(dataset.resolve(name, folder) for name in held_out)]
+    own = [path if path.is_dir() else path.parent for path in named if path.is_dir() or chosen.task == IMAGES]
+    return list(dict.fromkeys(own))
+
+
+def _into_box(splits: Splits, roots: list[Path]) -> tuple[dict[str, list[str]], tuple[Mount, ...]]:
     """A folder goes in whole; a single file by itself, so that the box sees nothing beside it."""
     files: dict[str, list[str]] = {}
     mounts: dict[str, Mount] = {}
+    targets = {root: f"{BOX_DATA}/files{f'-{number}' if number else ''}" for number, root in enumerate(roots)}
     for split, found in splits.items():
         for path in found:
-            if root.is_dir() and path.is_relative_to(root) and not path.is_symlink():
-                target, source, shown = f"{BOX_DATA}/files", root, f"{BOX_DATA}/files/{path.relative_to(root)}"
+            root = next((root for root in roots if path.is_relative_to(root)), None)
+            if root and not path.is_symlink():
+                target, source, shown = targets[root], root, f"{targets[root]}/{path.relative_to(root)}"
             else:
                 source = path.resolve()
                 target = shown = _free_target(f"{BOX_DATA}/{split}", path.name, source, mounts)

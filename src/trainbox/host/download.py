@@ -20,7 +20,7 @@ from trainbox.host import hashes, paths, shell, ui
 from trainbox.host.box import Box, Mount
 from trainbox.host.secrets import secret
 from trainbox.spec import rows
-from trainbox.spec.dataset import SPLIT_NAMES
+from trainbox.spec.reading import SPLIT_NAMES
 from trainbox.spec.recipe import Model
 from trainbox.spec.run import UNWANTED, ModelSource, hash_json, write_json
 

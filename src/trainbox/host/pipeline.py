@@ -21,6 +21,7 @@ from trainbox.host.image import ImageFacts
 from trainbox.host.secrets import secret
 from trainbox.host.watch import Watcher
 from trainbox.spec import checkpoint, record
+from trainbox.spec.asking import IMAGES
 from trainbox.spec.load import Choices, load_recipe, nearest
 from trainbox.spec.recipe import RECIPES, Recipe, check_validation
 from trainbox.spec.run import BOX_CACHE, BOX_MODEL, BOX_OUTPUT, ModelSource, RunSpec, freed
@@ -199,7 +200,8 @@ def _summary(output: Path) -> None:
             ui.say(f"{split}     {scores}")
     ui.say(f"trained  {metrics.get('steps', 0)} steps in {metrics.get('train_runtime', 0):.0f} s")
     ui.say(f"record   {output / record.RECORD}")
-    ui.say(f'ask it   make infer CHECKPOINT={output / "final"} PROMPT="..."')
+    asked = "photo.jpg" if found["recipe"]["task"] == IMAGES else '"..."'
+    ui.say(f"ask it   make infer CHECKPOINT={output / 'final'} PROMPT={asked}")
 
 
 def _eval(metrics: dict[str, Any]) -> str:

@@ -18,14 +18,15 @@ from trainbox.host.box import Box, Mount
 from trainbox.host.image import ImageFacts
 from trainbox.host.pipeline import OFFLINE, Engine, on_host, pinned_recipe, recipe_folder, same_image
 from trainbox.host.watch import Watcher
-from trainbox.spec.asking import labels_of, read_config, read_questions, recipe_of
+from trainbox.spec.asking import IMAGES, labels_of, read_config, read_questions, recipe_of
 from trainbox.spec.events import metrics_text
+from trainbox.spec.images import fault_of, is_image
 from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Model, Recipe
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, BOX_SPEC, RunSpec, write_json
 
-FALLBACK = "text-classifier"
-"""Whose image serves a folder that no run of ours made: it has every task's libraries."""
+FALLBACKS = {IMAGES: "image-classifier"}
+"""Whose image serves a folder that no run of ours made; for texts, that of text-classifier: it has all libraries."""
 COMBINATIONS = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
@@ -107,12 +108,21 @@ def infer(
     if max_new_tokens:
         command += ["--max-new-tokens", str(max_new_tokens)]
     mounts: tuple[Mount, ...] = ()
+    of_images = next(iter(trained.values())).recipe.task == IMAGES
     if source:
         _check_rows(trained, source, target)
+        mounts = (_into_box(source, with_folder=of_images),)
         command += ["--input", f"/input/{source.name}"]
-        mounts = (Mount(source.resolve(), f"/input/{source.name}"),)
+    elif prompt and of_images:
+        said, image = _split_address(prompt)
+        _check_image(image)
+        mounts = (_into_box(image),)
+        command += ["--prompt", f"{said}/input/{image.name}"]
     elif prompt:
         command += ["--prompt", prompt]
+    elif of_images:
+        remedy = "PROMPT=photo.jpg, or INPUT=folder/ OUTPUT=answers.jsonl"
+        raise ConfigError("images are not typed: name one", place="PROMPT", remedy=remedy)
     with _opened(trained, engine_name, gpus) as (chosen, box):
         box = replace(box, command=(*command, *_named(adapters)), mounts=(*box.mounts, *mounts))
         if source:
@@ -251,7 +261,11 @@ def _opened(
     """A box that sees the trained folders, the spec and the base model, all read-only."""
     first = next(iter(trained.values()))
     chosen = engine.pick(engine_name)
-    facts = same_image(first.spec, chosen) if first.spec else chosen.ensure(FALLBACK)
+    facts = (
+        same_image(first.spec, chosen)
+        if first.spec
+        else chosen.ensure(FALLBACKS.get(first.recipe.task, "text-classifier"))
+    )
     mounts = [Mount(each.folder, f"/adapters/{name}" if name else "/checkpoint") for name, each in trained.items()]
     if first.adapter or (first.spec and first.spec.recipe.task == "preference"):  # whose reference is the base
         mounts.append(Mount(_base_of(first, chosen, facts), BOX_MODEL))
@@ -292,16 +306,37 @@ def _base_of(trained: Trained, chosen: Engine, facts: ImageFacts) -> Path:
 def _check_rows(trained: dict[str, Trained], source: Path, target: Path) -> None:
     """Every row can be predicted from, and names an adapter that is there: found before anything is started."""
     _refuse_existing(target)
-    if not source.is_file():
+    recipe = next(iter(trained.values())).recipe
+    if not source.is_file() and not (recipe.task == IMAGES and source.is_dir()):
         raise DataError("there is no such file", place=str(source), remedy="check INPUT=")
     count = 0
-    for place, row, _ in read_questions(next(iter(trained.values())).recipe, source):
+    for place, row, _ in read_questions(recipe, source):
         count += 1
         if len(trained) > 1 and row.get("adapter") and row["adapter"] not in trained:
             hint = nearest(str(row["adapter"]), trained) or f"adapters: {', '.join(trained)}"
             raise DataError(f"there is no adapter {row['adapter']!r}", place=place, remedy=hint)
     if not count:
         raise DataError("has no rows", place=str(source))
+
+
+def _into_box(source: Path, *, with_folder: bool = False) -> Mount:
+    """A file or folder at /input; with the folder around it where its rows name other files."""
+    if with_folder and source.is_file() and not is_image(source):
+        return Mount(source.resolve().parent, "/input")
+    return Mount(source.resolve(), f"/input/{source.name}")
+
+
+def _split_address(prompt: str) -> tuple[str, Path]:
+    """`@name photo.jpg` as the adapter that is addressed and the image."""
+    said, space, rest = prompt.partition(" ") if prompt.startswith("@") else ("", "", prompt)
+    return said + space, Path(rest.strip())
+
+
+def _check_image(path: Path) -> None:
+    if not path.is_file():
+        raise DataError("there is no such image", place=str(path), remedy="PROMPT= is the path of one")
+    if fault := fault_of(str(path)):
+        raise DataError(fault, place=str(path), remedy="repair it, or name another")
 
 
 def _refuse_existing(target: Path) -> None:

@@ -9,19 +9,30 @@ from typing import Any
 
 from trainbox.errors import ConfigError, DataError
 from trainbox.spec.formats import is_chat, to_example
+from trainbox.spec.images import fault_of, read_images
 from trainbox.spec.labels import PAIRS, TEXT, WORDS
 from trainbox.spec.load import nearest
 from trainbox.spec.pairs import KNOWN, flattened
 from trainbox.spec.reading import optional_text, parsed, text_of
 from trainbox.spec.recipe import RECIPES, Recipe
 from trainbox.spec.rows import Row, read_rows
+from trainbox.spec.run import box
 
 Question = dict[str, Any]
-"""For chats `messages` (and `tools`); for plain text and labels `text` (and `text_pair`); `tokens`; `input`."""
+"""For chats `messages` (and `tools`); for plain text and labels `text` (and `text_pair`); `tokens`; `input`; `image`,
+a path."""
+IMAGES = "image-classification"
+"""The task that asks about files, not rows."""
 
 
 def read_questions(recipe: Recipe, path: Path) -> Iterator[tuple[str, Row, Question]]:
     """Every row of a file as it is, with its place and what it asks. Raises DataError for one that asks nothing."""
+    if recipe.task == IMAGES:
+        for place, row, image in read_images(path):
+            if fault := fault_of(str(image)):
+                raise DataError(fault, place=str(image), remedy="repair or remove it")
+            yield place, row, {"image": str(image)}
+        return
     for place, row in read_rows(path):
         yield place, row, to_question(recipe, row, place)
 
@@ -36,6 +47,8 @@ def typed(recipe: Recipe, text: str) -> Question:
     """What a person typed."""
     if recipe.task in CHATS and not is_plain(recipe):
         return {"messages": [{"role": "user", "content": text}]}
+    if recipe.task == IMAGES:
+        return {"image": str(box(text))}
     return {"input" if recipe.task == "seq2seq" else "text": text}
 
 
@@ -137,6 +150,7 @@ QUESTIONS: dict[str, Callable[[Recipe, Row, str], Question]] = {
 
 CLASSES = {
     "SequenceClassification": "text-classification",
+    "ImageClassification": IMAGES,
     "TokenClassification": "token-classification",
     "ConditionalGeneration": "seq2seq",
     "MaskedLM": "masked-lm",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,21 +11,15 @@ from typing import Any
 
 from trainbox.errors import DataError
 from trainbox.spec.formats import ChatReader, TextReader
+from trainbox.spec.images import ImageReader
 from trainbox.spec.labels import LabelReader, TagReader
 from trainbox.spec.load import is_path
 from trainbox.spec.pairs import PairReader
 from trainbox.spec.preferences import PreferenceReader, PromptReader
 from trainbox.spec.reading import Reader
-from trainbox.spec.recipe import Data, Recipe
-from trainbox.spec.rows import READERS
+from trainbox.spec.recipe import Recipe
 
 Splits = dict[str, list[Path]]
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
-    "test": ("test", "testing"),
-}
-"""Words in a file's or folder's name that say which split it is."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +38,16 @@ class DataFacts:
     """What is odd about the rows, yet can be learned."""
 
 
-def find_splits(data: Data, folder: Path, *, training: bool = True) -> Splits:
+def find_splits(recipe: Recipe, folder: Path, *, training: bool = True) -> Splits:
     """The files of each split. `folder` is what relative paths start from.
 
     Raises DataError where a path is absent, or a folder holds no data file (for `training`, none to train on).
     """
-    splits = _splits_of(resolve(data.path, folder))
+    kind, data = READERS_BY_TASK[recipe.task], recipe.data
+    splits = _splits_of(resolve(data.path, folder), kind)
     for split, name in (("validation", data.validation_file), ("test", data.test_file)):
         if name:
-            splits[split] = [file for files in _splits_of(resolve(name, folder)).values() for file in files]
+            splits[split] = [file for files in _splits_of(resolve(name, folder), kind).values() for file in files]
     if training and not splits.get("train"):
         raise DataError("holds no training file", place=data.path, remedy="name one train.jsonl, or set DATA=")
     return splits
@@ -68,32 +62,17 @@ def resolve(path: str, folder: Path) -> Path:
     return found.resolve()
 
 
-def _splits_of(path: Path) -> Splits:
+def _splits_of(path: Path, kind: type[Reader[Any]]) -> Splits:
     if path.is_file():
         return {"train": [path]}
-    known = (file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
-    files = sorted(file for file in known if not _is_aside(file.relative_to(path)))
+    files = kind.files_in(path)
     if not files:
         fault = "the folder holds no data file"
-        raise DataError(fault, place=str(path), remedy=f"known endings: {' '.join(READERS)}")
+        raise DataError(fault, place=str(path), remedy=f"known endings: {' '.join(kind.endings)}")
     splits: Splits = {}
     for file in files:
-        splits.setdefault(_split_name(file.relative_to(path)), []).append(file)
+        splits.setdefault(kind.split_of(file.relative_to(path)), []).append(file)
     return splits
-
-
-def _is_aside(path: Path) -> bool:
-    """A readme, or hidden, as the files that notebooks and version control leave are."""
-    return path.name.lower() == "readme.md" or any(part.startswith(".") for part in path.parts)
-
-
-def _split_name(path: Path) -> str:
-    for part in (path.stem, *path.parts[:-1]):
-        words = re.split(r"[^a-z]+", part.lower())
-        for split, names in SPLIT_NAMES.items():
-            if set(words) & set(names):
-                return split
-    return "train"
 
 
 def check(recipe: Recipe, splits: Splits, on_row: Callable[[int], None] = lambda count: None) -> DataFacts:
@@ -115,7 +94,8 @@ def check(recipe: Recipe, splits: Splits, on_row: Callable[[int], None] = lambda
     if "train" in rows and "validation" not in rows:
         _check_held_out(recipe, rows["train"])
     found = reading.finish()
-    return DataFacts(hash=hash_splits(splits), rows=rows, formats=dict(reading.formats), **asdict(found))
+    hashed = hash_splits(recipe, whole(recipe, splits))
+    return DataFacts(hash=hashed, rows=rows, formats=dict(reading.formats), **asdict(found))
 
 
 def _check_held_out(recipe: Recipe, rows: int) -> None:
@@ -130,24 +110,31 @@ def reader(recipe: Recipe) -> Reader[Any]:
     return READERS_BY_TASK[recipe.task](recipe)
 
 
-READERS_BY_TASK: dict[str, Callable[[Any], Reader[Any]]] = {
+READERS_BY_TASK: dict[str, type[Reader[Any]]] = {
     "sft": ChatReader,
     "preference": PreferenceReader,
     "grpo": PromptReader,
     "masked-lm": TextReader,
     "text-classification": LabelReader,
     "token-classification": TagReader,
+    "image-classification": ImageReader,
     "seq2seq": PairReader,
 }
 """A new training method adds its reader."""
 
 
-def hash_splits(splits: Splits) -> str:
+def whole(recipe: Recipe, splits: Splits) -> Splits:
+    """The splits' files, and those that their rows name."""
+    named = reader(recipe).named_by([path for files in splits.values() for path in files])
+    return {**splits, "named": named} if named else splits
+
+
+def hash_splits(recipe: Recipe, splits: Splits) -> str:
     """sha256 over every file's split, name and content."""
-    digest = hashlib.sha256()
+    digest, name_of = hashlib.sha256(), READERS_BY_TASK[recipe.task].name_of
     for split, files in sorted(splits.items()):
         for path in files:
-            digest.update(f"{split}/{path.name}\0{hash_file(path)}\n".encode())
+            digest.update(f"{split}/{name_of(path)}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
 
 

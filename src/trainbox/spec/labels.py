@@ -6,12 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainbox.errors import ConfigError, DataError
 from trainbox.spec.load import nearest
 from trainbox.spec.reading import Example, Found, Reader, find_column, parsed, text_of
-from trainbox.spec.recipe import TextClassifierRecipe, TokenClassifierRecipe
+from trainbox.spec.recipe import ImageClassifierRecipe, TextClassifierRecipe, TokenClassifierRecipe
 from trainbox.spec.rows import Placed, Row, read_rows
 
 TEXT = ("text", "sentence", "review", "content", "comment", "message", "document")
@@ -61,15 +61,14 @@ class Labels:
                         remedy=f"{nearest(label, known)}\nlabels: {_listed(known)}".strip(),
                     )
 
-    def check_enough(self, column: str) -> None:
+    def check_enough(self, place: str, remedy: str) -> None:
         """Raise DataError where there is nothing to tell apart, or a label has a single row."""
         counts = self._counts.get("train")
         if counts is None:
             return
         if len(counts) < 2:
             fault = f"the only label is {next(iter(counts))!r}" if counts else "no row has a label"
-            remedy = "name another column: SET=\"data.columns='{label: YOUR_COLUMN}'\""
-            raise DataError(f"{fault}: there is nothing to tell apart", place=f"column {column!r}", remedy=remedy)
+            raise DataError(f"{fault}: there is nothing to tell apart", place=place, remedy=remedy)
         rare = [label for label, count in counts.items() if count == 1]
         if rare:
             more = f" (and {len(rare) - 1} more such labels)" if len(rare) > 1 else ""
@@ -107,38 +106,22 @@ def _is_int(text: str) -> bool:
     return re.fullmatch(r"-?\d{1,15}", text) is not None
 
 
-class LabelReader(Reader[TextClassifierRecipe]):
-    """`{"text": ..., "labels": [...]}`, and `text_pair` where a row has a second text."""
+C = TypeVar("C", bound=TextClassifierRecipe | ImageClassifierRecipe)
 
-    def __init__(self, recipe: TextClassifierRecipe) -> None:
+
+class ClassReader(Reader[C]):
+    """Examples with `labels`, one or several; a subclass says of what."""
+
+    def __init__(self, recipe: C) -> None:
         super().__init__(recipe)
         self._labels = Labels(recipe.data.labels)
-        self._columns: tuple[str, str | None, str] | None = None
 
-    def begin(self, path: Path) -> None:
-        """Another file may have other columns."""
-        self._columns = None
+    def source(self) -> tuple[str, str]:
+        """Where the labels come from, and what to do where that is the wrong place."""
+        raise NotImplementedError
 
-    def to_example(self, row: Row, place: str) -> Example:
-        """The texts of a row, and its labels as text."""
-        if self._columns is None:
-            self._columns = self._find_columns(row, place)
-        text, pair, label = self._columns
-        self.formats[" + ".join(filter(None, (text, pair))) + f" -> {label}"] += 1
-        example = {"text": text_of(row, text, place), "labels": self._labels_of(row, label, place)}
-        return {**example, "text_pair": text_of(row, pair, place)} if pair else example
-
-    def _find_columns(self, row: Row, place: str) -> tuple[str, str | None, str]:
-        named = self.recipe.data.columns
-        label = find_column(row, "label", LABEL, named, place)
-        first = next((one for one, two in PAIRS.items() if one in row and two in row), None)
-        if first and "text" not in named and "text" not in row:
-            return first, PAIRS[first], label
-        text = find_column(row, "text", TEXT, named, place)
-        has_pair = "text_pair" in row or "text_pair" in named
-        return text, find_column(row, "text_pair", ("text_pair",), named, place) if has_pair else None, label
-
-    def _labels_of(self, row: Row, column: str, place: str) -> list[str]:
+    def labels_of(self, row: Row, column: str, place: str) -> list[str]:
+        """A row's labels as text. Raises DataError where it has none, unless it may."""
         if not self.recipe.classification.multi_label:
             return [label_of(row.get(column), column, place)]
         value = parsed(row.get(column))
@@ -153,11 +136,49 @@ class LabelReader(Reader[TextClassifierRecipe]):
 
     def finish(self) -> Found:
         """Every label is taught, and there are several."""
-        self._labels.check_enough(self._columns[2] if self._columns else "label")
+        self._labels.check_enough(*self.source())
         self._labels.check_known()
         weights = self.recipe.classification.class_weights
         self._labels.check_named(weights if isinstance(weights, dict) else {}, "classification.class_weights")
         return Found(labels=self._labels.known(), warnings=tuple(self._labels.unseen()))
+
+
+ANOTHER_COLUMN = "name another column: SET=\"data.columns='{label: YOUR_COLUMN}'\""
+
+
+class LabelReader(ClassReader[TextClassifierRecipe]):
+    """`{"text": ..., "labels": [...]}`, and `text_pair` where a row has a second text."""
+
+    def __init__(self, recipe: TextClassifierRecipe) -> None:
+        super().__init__(recipe)
+        self._columns: tuple[str, str | None, str] | None = None
+
+    def begin(self, path: Path) -> None:
+        """Another file may have other columns."""
+        self._columns = None
+
+    def to_example(self, row: Row, place: str) -> Example:
+        """The texts of a row, and its labels as text."""
+        if self._columns is None:
+            self._columns = self._find_columns(row, place)
+        text, pair, label = self._columns
+        self.formats[" + ".join(filter(None, (text, pair))) + f" -> {label}"] += 1
+        example = {"text": text_of(row, text, place), "labels": self.labels_of(row, label, place)}
+        return {**example, "text_pair": text_of(row, pair, place)} if pair else example
+
+    def _find_columns(self, row: Row, place: str) -> tuple[str, str | None, str]:
+        named = self.recipe.data.columns
+        label = find_column(row, "label", LABEL, named, place)
+        first = next((one for one, two in PAIRS.items() if one in row and two in row), None)
+        if first and "text" not in named and "text" not in row:
+            return first, PAIRS[first], label
+        text = find_column(row, "text", TEXT, named, place)
+        has_pair = "text_pair" in row or "text_pair" in named
+        return text, find_column(row, "text_pair", ("text_pair",), named, place) if has_pair else None, label
+
+    def source(self) -> tuple[str, str]:
+        """The column."""
+        return f"column {self._columns[2] if self._columns else 'label'!r}", ANOTHER_COLUMN
 
 
 def label_of(value: Any, column: str, place: str) -> str:

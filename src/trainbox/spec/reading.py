@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from trainbox.errors import DataError
 from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Recipe
-from trainbox.spec.rows import Placed, Row, parse_json, read_rows
+from trainbox.spec.rows import READERS, Placed, Row, parse_json, read_rows
 
 Example = dict[str, Any]
 R = TypeVar("R", bound=Recipe)
+
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+"""Words in a file's or folder's name that say which split it is."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,34 @@ class Reader(Generic[R]):
         self.recipe = recipe
         self.formats: Counter[str] = Counter()
         """Rows read, by format."""
+
+    endings: ClassVar[Sequence[str]] = tuple(READERS)
+    """Of the files that hold rows."""
+
+    @classmethod
+    def files_in(cls, folder: Path) -> list[Path]:
+        """Every data file below a folder, sorted; not a readme, nor what notebooks and version control hide."""
+        known = (file for file in folder.rglob("*") if file.suffix.lower() in cls.endings and file.is_file())
+        return sorted(file for file in known if not _is_aside(file.relative_to(folder)))
+
+    @classmethod
+    def split_of(cls, path: Path) -> str:
+        """The split of a file, by its path below the data's folder."""
+        for part in (path.stem, *path.parts[:-1]):
+            words = re.split(r"[^a-z]+", part.lower())
+            for split, names in SPLIT_NAMES.items():
+                if set(words) & set(names):
+                    return split
+        return "train"
+
+    @classmethod
+    def name_of(cls, path: Path) -> str:
+        """As much of a file's path as its rows depend on."""
+        return path.name
+
+    def named_by(self, files: list[Path]) -> list[Path]:
+        """Other files that the rows of these name, and that belong to the data."""
+        return []
 
     def read(self, files: list[Path]) -> Iterator[tuple[str, Example]]:
         """Every row of the files in the task's one shape, with its place. Raises DataError at the first bad one."""
@@ -60,6 +97,10 @@ class Reader(Generic[R]):
     def finish(self) -> Found:
         """What the rows have in common, once all were seen. Raises DataError where they cannot be learned together."""
         return Found()
+
+
+def _is_aside(path: Path) -> bool:
+    return path.name.lower() == "readme.md" or any(part.startswith(".") for part in path.parts)
 
 
 # What readers ask of a row

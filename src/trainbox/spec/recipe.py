@@ -154,6 +154,11 @@ class Data(Section):
     """Share of the training rows held out for eval_loss when there is no validation file."""
     columns: dict[str, str] = {}
     """Other names for the columns that the format wants, e.g. {instruction: question, output: answer}."""
+
+
+class TokenisedData(Data):
+    """Rows that become tokens."""
+
     max_length: PositiveInt = 512
     """Tokens a row is cut to."""
 
@@ -162,7 +167,7 @@ Format = Literal["auto", "alpaca", "prompt-completion", "chat", "sharegpt", "tex
 Template = Literal["auto", "instruction", "none"]
 
 
-class PromptData(Data):
+class PromptData(TokenisedData):
     """Rows that become text through a chat template."""
 
     max_length: PositiveInt = 2048
@@ -185,21 +190,21 @@ class ChatData(PromptData):
     """Tokens that are learned: what the assistant says, or everything."""
 
 
-class TextData(Data):
+class TextData(TokenisedData):
     """Plain text."""
 
     mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens that are hidden and guessed."""
 
 
-class LabelledData(Data):
+class LabelledData(TokenisedData):
     """Texts with labels."""
 
     labels: list[str] | None = None
     """The labels in their order; default: those of the training data, sorted."""
 
 
-class Seq2SeqData(Data):
+class Seq2SeqData(TokenisedData):
     """Pairs of input and target."""
 
     prefix: str = ""
@@ -208,6 +213,15 @@ class Seq2SeqData(Data):
     """Tokens an input is cut to."""
     max_target_length: PositiveInt = 128
     """Tokens a target is cut to."""
+
+
+class ImageData(Data):
+    """Images with labels."""
+
+    labels: list[str] | None = None
+    """The labels in their order; default: those of the training data, sorted."""
+    max_unreadable: NonNegativeInt = 0
+    """Images that may be left out because they cannot be read; one more is an error."""
 
 
 Optimizer = Literal[
@@ -409,9 +423,30 @@ class Classification(Section):
     """What the head learns."""
 
     multi_label: bool = False
-    """A text may have several labels, or none: a list, or one text with the labels between commas."""
+    """A row may have several labels, or none: a list, or one text with the labels between commas."""
     class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
     """Weight of each label in the loss. balanced: rare labels count as much as frequent ones."""
+
+
+class ImageClassification(Classification):
+    """What the head learns."""
+
+    label_smoothing: Fraction = 0.0
+    """Share of the truth that is spread over all labels (https://arxiv.org/abs/1512.00567); 0.1 is usual."""
+    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Pairs of images are blended by a share drawn from Beta(alpha, alpha) (https://arxiv.org/abs/1710.09412); 0.2 is
+    usual, 0: none."""
+
+
+class Augmentation(Section):
+    """How training images are varied, anew in each epoch; those to evaluate never are."""
+
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """A random part of the image is shown, at least this share of its area; 1: the whole image, squeezed to size."""
+    horizontal_flip: bool = True
+    """Mirror every second image. Not for what reads differently in a mirror: digits, text."""
+    color_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Brightness, contrast and saturation change by up to this share."""
 
 
 class Generation(Section):
@@ -601,6 +636,26 @@ class TokenClassifierRecipe(EncoderRecipe):
     METRICS = ("loss", "accuracy", "precision", "recall", "f1")
 
 
+class ImageClassifierRecipe(EncoderRecipe):
+    """A label, or several, for an image."""
+
+    task: Literal["image-classification"] = "image-classification"
+    data: ImageData = ImageData()
+    augmentation: Augmentation = Augmentation()
+    classification: ImageClassification = ImageClassification()
+
+    METRICS = TextClassifierRecipe.METRICS
+    LEARNING_RATES = (5e-5, 1e-3)
+
+    @model_validator(mode="after")
+    def _for_images(self) -> ImageClassifierRecipe:
+        if self.peft.method == "prefix-tuning":
+            raise ValueError("peft.method prefix-tuning is for text: choose full, lora, qlora or adapter")
+        if self.classification.multi_label and self.classification.label_smoothing:
+            raise ValueError("classification.label_smoothing needs classification.multi_label=false")
+        return self
+
+
 class Seq2SeqRecipe(EncoderRecipe):
     """From one text to another: answers, summaries, translations."""
 
@@ -634,6 +689,7 @@ RECIPES: dict[str, type[Recipe]] = {
         MaskedLmRecipe,
         TextClassifierRecipe,
         TokenClassifierRecipe,
+        ImageClassifierRecipe,
         Seq2SeqRecipe,
     )
 }

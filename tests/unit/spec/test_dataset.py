@@ -9,10 +9,12 @@ from pyarrow import parquet
 
 from trainbox.errors import DataError
 from trainbox.spec.dataset import READERS_BY_TASK, check, find_splits, hash_splits, reader, resolve
-from trainbox.spec.recipe import RECIPES, Data, MaskedLmRecipe, SftRecipe
+from trainbox.spec.recipe import RECIPES, MaskedLmRecipe, SftRecipe
 
 ROW = {"instruction": "Q", "output": "A"}
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+IN_FOLDER = SftRecipe(data={"path": "data"})
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def fill(path, *rows):
 
 def facts(folder, **data):
     recipe = SftRecipe(data=data)
-    return check(recipe, find_splits(recipe.data, folder))
+    return check(recipe, find_splits(recipe, folder))
 
 
 def names(splits):
@@ -45,7 +47,7 @@ def names(splits):
 
 def test_a_single_file_is_training_data_whatever_its_name(folder):
     fill(folder / "test.jsonl")
-    assert names(find_splits(Data(path="test.jsonl"), folder)) == {"train": ["test.jsonl"]}
+    assert names(find_splits(SftRecipe(data={"path": "test.jsonl"}), folder)) == {"train": ["test.jsonl"]}
 
 
 @pytest.mark.parametrize(
@@ -76,19 +78,20 @@ def test_a_single_file_is_training_data_whatever_its_name(folder):
 def test_a_folder_is_split_by_whole_words_of_its_files_names(folder, path, split):
     fill(folder / "data" / "train.jsonl")
     fill(folder / "data" / path)
-    assert Path(path).name in names(find_splits(Data(path="data"), folder))[split]
+    assert Path(path).name in names(find_splits(IN_FOLDER, folder))[split]
 
 
 def test_readmes_and_hidden_files_are_no_data(folder):
     for name in ("train.jsonl", "README.md", ".train.jsonl", ".ipynb_checkpoints/train.jsonl", "notes.docx"):
         fill(folder / "data" / name)
-    assert find_splits(Data(path="data"), folder) == {"train": [folder / "data" / "train.jsonl"]}
+    assert find_splits(IN_FOLDER, folder) == {"train": [folder / "data" / "train.jsonl"]}
 
 
 def test_a_validation_and_a_test_file_may_be_named(folder):
     for name in ("a.jsonl", "b.jsonl", "c/validation.jsonl", "c/more.jsonl"):
         fill(folder / name)
-    splits = find_splits(Data(path="a.jsonl", validation_file="b.jsonl", test_file="c"), folder)
+    named = {"path": "a.jsonl", "validation_file": "b.jsonl", "test_file": "c"}
+    splits = find_splits(SftRecipe(data=named), folder)
     assert names(splits) == {
         "train": ["a.jsonl"],
         "validation": ["b.jsonl"],
@@ -107,16 +110,16 @@ def test_a_path_is_meant_from_the_recipe_then_from_where_the_person_stands(folde
 @pytest.mark.parametrize("path", ["none.jsonl", "~nobody-here/x", "x" * 5000, "a\0b", "/nowhere/at/all"])
 def test_a_path_that_is_not_there_is_refused(folder, refuses, path):
     with refuses(3, path, "there is no such file or folder", "check DATA="):
-        find_splits(Data(path=path), folder)
+        find_splits(SftRecipe(data={"path": path}), folder)
 
 
 def test_a_folder_without_training_data_is_refused(folder, refuses):
     (folder / "data").mkdir()
     with refuses(3, "data", "the folder holds no data file", ".jsonl", ".parquet"):
-        find_splits(Data(path="data"), folder)
+        find_splits(IN_FOLDER, folder)
     fill(folder / "data" / "test.jsonl")
     with refuses(3, "data", "holds no training file", "train.jsonl"):
-        find_splits(Data(path="data"), folder)
+        find_splits(IN_FOLDER, folder)
 
 
 # --- whether every row can be learned
@@ -185,7 +188,7 @@ def test_a_validation_split_that_leaves_no_training_row_is_refused(folder, refus
 def test_progress_is_told(folder):
     fill(folder / "a.jsonl", *[ROW] * 2500)
     recipe, told = SftRecipe(data={"path": "a.jsonl"}), []
-    check(recipe, find_splits(recipe.data, folder), told.append)
+    check(recipe, find_splits(recipe, folder), told.append)
     assert told == [1000, 2000]
 
 
@@ -225,7 +228,7 @@ def test_plain_text_is_a_file_or_a_column(folder):
     fill(folder / "data/c.jsonl", {"text": "four", "id": 7}, {"text": "five"})
     fill(folder / "data/validation.jsonl", {"text": "six"})
     recipe = MaskedLmRecipe(data={"path": "data"})
-    found = check(recipe, find_splits(recipe.data, folder))
+    found = check(recipe, find_splits(recipe, folder))
     assert (found.rows, found.formats) == ({"train": 4, "validation": 1}, {"text": 5})
     assert (found.labels, found.warnings) == ((), ())
 
@@ -247,7 +250,7 @@ def test_blank_plain_text_is_refused_with_its_line(folder, refuses):
 
 def test_rows_to_evaluate_need_no_training_file(folder):
     fill(folder / "data/test.jsonl", ROW)
-    splits = find_splits(Data(path="data"), folder, training=False)
+    splits = find_splits(IN_FOLDER, folder, training=False)
     assert check(SftRecipe(), splits).rows == {"test": 1}
 
 
@@ -256,19 +259,19 @@ def test_rows_to_evaluate_need_no_training_file(folder):
 
 def test_the_hash_changes_with_content_name_and_split_and_with_nothing_else(folder):
     one, two = fill(folder / "one.jsonl"), fill(folder / "two.jsonl")
-    first = hash_splits({"train": [one], "validation": [two]})
-    assert first == hash_splits({"validation": [two], "train": [one]})
+    first = hash_splits(SftRecipe(), {"train": [one], "validation": [two]})
+    assert first == hash_splits(SftRecipe(), {"validation": [two], "train": [one]})
     copy = fill(folder / "elsewhere" / "one.jsonl")
-    assert first == hash_splits({"train": [copy], "validation": [two]})
-    assert first != hash_splits({"train": [one, two]})
-    assert first != hash_splits({"train": [one], "test": [two]})
+    assert first == hash_splits(SftRecipe(), {"train": [copy], "validation": [two]})
+    assert first != hash_splits(SftRecipe(), {"train": [one, two]})
+    assert first != hash_splits(SftRecipe(), {"train": [one], "test": [two]})
     one.write_text(one.read_text() + "\n")
-    assert first != hash_splits({"train": [one], "validation": [two]})
+    assert first != hash_splits(SftRecipe(), {"train": [one], "validation": [two]})
 
 
 def test_a_check_gives_the_hash_of_its_files(folder):
     path = fill(folder / "a.jsonl")
-    assert facts(folder, path="a.jsonl").hash == hash_splits({"train": [path]})
+    assert facts(folder, path="a.jsonl").hash == hash_splits(SftRecipe(), {"train": [path]})
 
 
 def test_faults_are_data_errors_with_exit_code_3():

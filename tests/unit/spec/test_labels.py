@@ -23,7 +23,7 @@ def facts(tmp_path):
             text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
             (tmp_path / (name if isinstance(rows, str) else f"{name}.jsonl")).write_text(text)
         made = recipe(data={"path": str(tmp_path), **data.pop("data", {})}, **data)
-        return check(made, find_splits(made.data, tmp_path))
+        return check(made, find_splits(made, tmp_path))
 
     return of
 

@@ -26,7 +26,7 @@ def facts(tmp_path):
         for split, rows in splits.items():
             (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipe = Seq2SeqRecipe(data={"path": str(tmp_path), "columns": columns or {}})
-        return check(recipe, find_splits(recipe.data, tmp_path))
+        return check(recipe, find_splits(recipe, tmp_path))
 
     return of
 

@@ -50,7 +50,7 @@ def facts(tmp_path):
         for split, rows in splits.items():
             (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         made = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(tmp_path)})})
-        return check(made, find_splits(made.data, tmp_path))
+        return check(made, find_splits(made, tmp_path))
 
     return of
 
