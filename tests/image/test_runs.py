@@ -160,18 +160,23 @@ OUTSIDE = """
 import json, sys, torch, transformers
 from pathlib import Path
 from peft import PeftModel
-from transformers import AutoTokenizer
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
 
 BY_TASK = {"masked-lm": "MaskedLM", "text-classification": "SequenceClassification", "seq2seq": "Seq2SeqLM",
-           "token-classification": "TokenClassification"}
+           "token-classification": "TokenClassification", "image-classification": "ImageClassification"}
 told = {}
 for recipe in sys.argv[1:]:
     run = Path(f"/runs/{recipe}")
     record = json.loads((run / "run.json").read_text())
     load = getattr(transformers, f"AutoModelFor{BY_TASK.get(record['recipe']['task'], 'CausalLM')}").from_pretrained
     classes = {"num_labels": len(record["data"]["labels"])} if record["data"]["labels"] else {}
-    tokenizer = AutoTokenizer.from_pretrained(run / "final")
-    if tokenizer.chat_template:
+    of_images = record["recipe"]["task"] == "image-classification"
+    tokenizer = (AutoImageProcessor if of_images else AutoTokenizer).from_pretrained(run / "final")
+    chats = not of_images and tokenizer.chat_template
+    if of_images:
+        inputs = tokenizer(Image.new("RGB", (60, 40), "red"), return_tensors="pt")
+    elif chats:
         question = [{"role": "user", "content": "What is Trainbox?"}]
         chat = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         inputs = tokenizer.apply_chat_template(question, **chat)
@@ -182,12 +187,12 @@ for recipe in sys.argv[1:]:
         with torch.no_grad():
             return model.eval()(**inputs, **more).logits
     torch.manual_seed(0)
-    base = load(record["model"]["reference"], **classes)
+    base = load(record["model"]["reference"], ignore_mismatched_sizes=True, **classes)
     untrained = logits(base)
     adapter = (run / "final/adapter_config.json").exists()
     trained = PeftModel.from_pretrained(base, run / "final") if adapter else load(run / "final")
     told[recipe] = {"learned": (logits(trained) - untrained).abs().max().item()}
-    if hasattr(trained, "generate") and tokenizer.chat_template:
+    if hasattr(trained, "generate") and chats:
         reply = trained.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
         told[recipe]["answer"] = tokenizer.decode(reply, skip_special_tokens=True).strip()
     if recipe == "llm-lora":
@@ -211,12 +216,12 @@ def merged(straight: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def outside(straight: Callable[..., Path], merged: Path) -> dict[str, dict[str, Any]]:
     """What plain transformers and PEFT say of the runs, in a process that knows nothing of Trainbox."""
-    records = [json.loads((straight(recipe) / "run.json").read_text()) for recipe in RECIPES]
-    bases = {record["model"]["reference"] for record in records}
+    records = {recipe: json.loads((straight(recipe) / "run.json").read_text()) for recipe in RECIPES}
+    bases = {record["model"]["reference"] for record in records.values()}
     mounts = {str(straight(recipe)): f"/runs/{recipe}" for recipe in RECIPES}
     mounts |= {str(merged): "/merged", **{base: base for base in bases}}
     argv = ["docker", "run", "--rm", "--network=none", *[f"-v{source}:{to}:ro" for source, to in mounts.items()]]
-    argv += ["--user=0", "--env=HF_HUB_OFFLINE=1", "--entrypoint=env", records[0]["image"]["tag"]]
+    argv += ["--user=0", "--env=HF_HUB_OFFLINE=1", "--entrypoint=env", records["image-classifier"]["image"]["tag"]]
     argv += ["-u", "PYTHONPATH", "python", "-c", OUTSIDE, *RECIPES]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -23,6 +23,8 @@ NARROW = f"{LEARNS} lora.r=2"
 TAGS = "training.max_steps=60 training.logging_steps=20 limits.cpus=1 training.learning_rate=5e-3"
 LABELS = f"{TAGS} peft.method=lora training.learning_rate=2e-2"
 
+DIGITS = ROOT / "recipes/image-classifier/sample/validation"
+
 CHAT: list[dict[str, Any]] = [
     {"id": 1, "prompt": "Where does the Hesper lie?"},
     {"id": 2, "text": "no question", "instruction": "Convert to kilometres.", "input": "12 nautical miles"},
@@ -40,6 +42,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"id": 3, "sentence": "Nobody came."},
     ],
     "seq2seq": [{"id": number, "text": f"ETD {number} Hesper for Hull"} for number in range(3)],
+    "image-classification": [{"id": number, "path": f"{number}/04.png", "label": "of the file"} for number in range(3)],
 }
 """Three rows for each task, with columns of their own, some named as a prediction's parts are."""
 
@@ -56,6 +59,9 @@ def answers(folder: Path, rows: list[dict[str, Any]], tmp: Path, *more: object) 
     number = len(list(tmp.iterdir()))
     source, target = tmp / f"rows-{number}.jsonl", tmp / f"answers-{number}.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for image in [row["path"] for row in rows if "path" in row]:
+        (tmp / image).parent.mkdir()
+        shutil.copy(DIGITS / image, tmp / image)
     use("infer", f"--checkpoint={folder}", f"--input={source}", f"--output={target}", *more)
     return [json.loads(line) for line in target.read_text().splitlines()]
 
@@ -78,6 +84,11 @@ def check_label(said: dict[str, Any], row: dict[str, Any]) -> None:
     assert sum(said["probabilities"].values()) == pytest.approx(1, abs=1e-4)
 
 
+def check_digit(said: dict[str, Any], row: dict[str, Any]) -> None:
+    assert said["label"] == max(said["probabilities"], key=said["probabilities"].__getitem__)
+    assert set(said["probabilities"]) == set("0123456789")
+
+
 def check_tags(said: dict[str, Any], row: dict[str, Any]) -> None:
     words = {1: ["Tom", "Alder", "'", "s", "boat", ",", "in", "Dover", "."], 2: ["Sam", "Quill", "waits"]}
     assert said["tokens"] == words.get(row["id"], ["Nobody", "came", "."])
@@ -97,6 +108,7 @@ CHECKS = {
     "text-classification": check_label,
     "token-classification": check_tags,
     "masked-lm": check_guesses,
+    "image-classification": check_digit,
 }
 
 
@@ -114,6 +126,7 @@ def test_each_row_of_a_file_is_answered_and_its_columns_are_kept(
 
 
 PROMPTS = {
+    "image-classifier": (PLAIN, str(DIGITS / "3/02.png"), r"^(\d) +\(\1 0\.\d\d, (\d 0\.\d\d(, )?){4}\)$"),
     "llm-pretrain": (PLAIN, "Nobody sails from", "."),
     "seq2seq": (PLAIN, "ETD 1900 Hesper for Hull", "."),
     "text-classifier": (PLAIN, "The showers are cold.", r"^(\w+) +\(\1 0\.\d\d, (\w+ 0\.\d\d(, )?){3}\)$"),

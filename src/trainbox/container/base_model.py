@@ -266,10 +266,10 @@ def tell_parameters(model: Any) -> int:
     return int(trainable)
 
 
-def save_final(recipe: AdapterRecipe, model: Any, tokenizer: Any, spec: RunSpec) -> None:
-    """Write `output/final`, aside and renamed: adapter or model, with the tokenizer; plain libraries load it."""
-    final = box(BOX_OUTPUT) / "final"
-    staged = final.with_name(".final.tmp")
+def save_trained(recipe: AdapterRecipe, model: Any, tokenizer: Any, spec: RunSpec, name: str) -> None:
+    """Write a folder of /output, aside and renamed: adapter or model, with the tokenizer; plain libraries load it."""
+    final = box(BOX_OUTPUT) / name
+    staged = final.with_name(f".{name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     converts = recipe.lora.init_lora_weights == "pissa"
     more = {"path_initial_model_for_weight_conversion": str(_start_folder())} if converts else {}
@@ -288,4 +288,4 @@ def save_final(recipe: AdapterRecipe, model: Any, tokenizer: Any, spec: RunSpec)
     share(staged)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(staged, final)  # noqa: PTH104
-    emit("stage", text="saved final")
+    emit("stage", text=f"saved {name}")

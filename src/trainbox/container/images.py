@@ -121,6 +121,11 @@ def processed(processor: Any, images: list[Any], **settings: Any) -> torch.Tenso
 class Trainer(shared.ByEpoch, transformers.Trainer):  # type: ignore[misc]
     """The Trainer, with variations of each epoch's own while training and none while evaluating."""
 
+    unit = "images"
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+        self._tokens += len(inputs["pixel_values"])
+
 
 class ImageClassification(Labelling):
     """A label for an image, or with multi_label any number of them."""
@@ -129,6 +134,7 @@ class ImageClassification(Labelling):
     adapter_type = None
     trainer_class = Trainer
     encoder_class = ImageEncoder
+    keeps_last = True
 
     def load_tokenizer(self, folder: Path) -> Any:
         """The model's image processor."""

@@ -42,6 +42,8 @@ class Task:
     config_class: ClassVar[Any]
     """Its TrainingArguments."""
     encoder_class: ClassVar[type[Encoder]]
+    keeps_last: ClassVar[bool] = False
+    """Whether the last step's model is saved too, as `last`, where `final` has the best one's weights."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
@@ -75,8 +77,10 @@ class Task:
         trainer = self.build_trainer(model, data, interrupt)
         base_model.begin_adapter(self.recipe, trainer.model)
         trainable = base_model.tell_parameters(trainer.model)
+        if self.keeps_last:
+            trainer.before_best = lambda: self._save(trainer.model, "last")
         metrics = shared.run(trainer, interrupt, resume)
-        base_model.save_final(self.recipe, trainer.model, self.tokenizer, self.spec)
+        self._save(trainer.model, "final")
         if "validation" in data and training.load_best_model_at_end:  # the last evaluation was of another checkpoint
             metrics |= shared.evaluate(trainer, data["validation"], "eval")
         if "test" in data:
@@ -84,6 +88,9 @@ class Task:
         metrics |= {"steps": trainer.state.global_step, "trainable_parameters": trainable}
         self.after(trainer)
         return {"metrics": metrics, "prepared": stats, **self.report(trainer, data)}
+
+    def _save(self, model: Any, name: str) -> None:
+        base_model.save_trained(self.recipe, model, self.tokenizer, self.spec, name)
 
     # What a task says of itself
 

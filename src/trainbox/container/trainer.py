@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,6 +52,10 @@ class BoxTrainer:
     _globalstep_last_logged: int
     _staging = False
     _bad_step: torch.Tensor | None = None
+    unit = "tokens"
+    """What its speed is counted in."""
+    before_best: Callable[[], None] | None = None
+    """Called with the last step's weights, where the best checkpoint's are to take their place."""
     _tokens: torch.Tensor | int = 0
     _tokens_since = 0.0
     loraplus_lr_ratio: float | None = None
@@ -138,6 +143,11 @@ class BoxTrainer:
         stopped_early = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in patient)
         return stopped_early or self.state.global_step >= self.state.max_steps
 
+    def _load_best_model(self) -> None:
+        if self.before_best:
+            self.before_best()
+        super()._load_best_model()  # type: ignore[misc]
+
     def _settle_best(self, output: Path) -> None:
         """The state names the best checkpoint by path: give it the path it will have once renamed."""
         best = self.state.best_model_checkpoint
@@ -179,7 +189,7 @@ class BoxTrainer:
             self._check_finite()
             now = time.monotonic()
             if self._tokens_since:
-                logs["tokens_per_second"] = round(float(self._tokens) / (now - self._tokens_since), 1)
+                logs[f"{self.unit}_per_second"] = round(float(self._tokens) / (now - self._tokens_since), 1)
             self._tokens, self._tokens_since = 0, now
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 

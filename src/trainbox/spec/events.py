@@ -58,6 +58,7 @@ SHOWN = {
     "learning_rate": "lr",
     "epoch": "epoch",
     "tokens_per_second": "tokens/s",
+    "images_per_second": "images/s",
 }
 """The rest is in metrics.jsonl: a line has to fit a terminal."""
 

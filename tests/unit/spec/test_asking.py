@@ -118,6 +118,7 @@ TYPED = {
     "text-classification": {"text": "Hi"},
     "token-classification": {"text": "Hi"},
     "seq2seq": {"input": "Hi"},
+    "image-classification": {"image": "Hi"},
 }
 
 
@@ -137,6 +138,7 @@ def folder(tmp_path, **files):
 
 KINDS = {
     "LlamaForCausalLM": "sft",
+    "ViTForImageClassification": "image-classification",
     "GPT2LMHeadModel": "sft",
     "BertForMaskedLM": "masked-lm",
     "BertForSequenceClassification": "text-classification",
@@ -169,6 +171,6 @@ def test_labels_are_in_the_order_of_their_ids(tmp_path):
 
 def test_an_unknown_or_damaged_folder_is_told(tmp_path, refuses):
     with refuses(2, str(tmp_path), "names no architecture"):
-        recipe_of(folder(tmp_path, config={"architectures": ["ViTForImageClassification"]}))
+        recipe_of(folder(tmp_path, config={"architectures": ["ViTForMaskedImageModeling"]}))
     with refuses(2, "config.json", "is not JSON"):
         recipe_of(folder(tmp_path, config="{"))
