@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,3 +59,22 @@ def straight(engine: engines.Docker, tmp_path_factory: pytest.TempPathFactory) -
         return output
 
     return get
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tarfile.TarFile]:
+    """Opens an npm package of this version and sha256."""
+
+    def fetch(name: str, sha256: str) -> tarfile.TarFile:
+        folder = tmp_path_factory.mktemp("npm")
+        fetched = shutil.which("npm") and subprocess.run(
+            ["npm", "pack", "--silent", name], cwd=folder, capture_output=True, text=True, check=False
+        )
+        if not fetched or fetched.returncode:
+            assert not os.environ.get("CI"), f"npm cannot fetch {name}: {fetched}"
+            pytest.skip(f"npm cannot fetch {name}")
+        (path,) = folder.glob("*.tgz")
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+        return tarfile.open(path)
+
+    return fetch

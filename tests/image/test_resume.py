@@ -37,6 +37,11 @@ UNEVEN = (
     "training.gradient_accumulation_steps=3 training.gradient_checkpointing=true lora.dropout=0.2"
 )
 PISSA = f"{PLAIN} lora.init_lora_weights=pissa lora.loraplus_lr_ratio=16"
+# Its weights have other names in memory than in their files.
+VARIED = (
+    f"{PLAIN} model.name=random:vit augmentation.color_jitter=0.3 classification.mixup_alpha=0.2 "
+    "classification.label_smoothing=0.1 training.gradient_checkpointing=true training.gradient_accumulation_steps=2"
+)
 # Nothing improves, so that the second evaluation, at step 8, is the last.
 STOPPED_EARLY = f"{PLAIN} training.early_stopping_patience=1 training.learning_rate=1e-12"
 BY_EPOCH = f"{PLAIN} training.save_strategy=epoch training.max_steps=-1 training.num_train_epochs=2"
@@ -78,8 +83,9 @@ def test_there_are_recipes() -> None:
         ("llm-lora", PACKED, 2),
         ("llm-qlora", UNEVEN, 1),
         ("llm-lora", PISSA, 1),
+        ("image-classifier", VARIED, 1),
     ],
-    ids=[*RECIPES, "packed, killed twice", "uneven, with gradient checkpointing", "PiSSA and LoRA+"],
+    ids=[*RECIPES, "packed, killed twice", "uneven, with gradient checkpointing", "PiSSA and LoRA+", "ViT, mixup"],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
     recipe: str, settings: str, kills: int, straight: Callable[..., Path], moment: random.Random, tmp_path: Path

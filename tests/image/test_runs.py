@@ -55,7 +55,7 @@ def test_the_record_names_everything_that_made_the_model(recipe: str, straight: 
     assert len(found["model"]["files"]["model.safetensors"]) == 64
     assert found["data"]["rows"]["train"] == found["prepared"]["train"]["rows"] + held_out(found)
     assert len(found["data"]["hash"]) == 64
-    assert found["prepared"]["train"]["longest"] > 0
+    assert found["prepared"]["train"]["longest"] > 0 or found["recipe"]["task"] == "image-classification"
     assert found["seed"] == 42
     assert {"cpu", "cores", "memory_gb", "gpus", "kernel"} <= found["hardware"].keys()
     # What GRPO minimises is a gradient's carrier, not a measure: the rewards are.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -143,10 +144,26 @@ class BoxTrainer:
         stopped_early = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in patient)
         return stopped_early or self.state.global_step >= self.state.max_steps
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The Trainer's way for an adapter; a whole model is read as `from_pretrained` reads it.
+
+        The Trainer matches the weights by name and says nothing of those that it does not find: all layers of ViT and
+        of other models whose names in memory are not those of their files.
+        """
+        model = model or self.model
+        if isinstance(model, PreTrainedModel):
+            stored = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
+            model.load_state_dict(stored.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
     def _load_best_model(self) -> None:
         if self.before_best:
             self.before_best()
-        super()._load_best_model()  # type: ignore[misc]
+        if isinstance(self.model, PreTrainedModel):
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()  # type: ignore[misc]
 
     def _settle_best(self, output: Path) -> None:
         """The state names the best checkpoint by path: give it the path it will have once renamed."""
