@@ -14,6 +14,7 @@ from pathlib import Path
 
 import classifier
 import harness
+import images
 import million
 import training
 from jobs import Figure
@@ -24,6 +25,7 @@ BENCHMARKS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "speed": training.speed,
     "packing": training.packing,
     "classifier": classifier.classifier,
+    "images": images.images,
     "harness": harness.harness,
     "million": million.million,
     "cold-build": harness.cold_build,

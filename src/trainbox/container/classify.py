@@ -284,10 +284,10 @@ def _matrix(labels: list[str], counts: list[list[int]]) -> str:
         return "confusion matrix: in run.json"
     names = [label[:12] for label in labels]
     corner = "true, found"
-    width = max(map(len, [*names, corner]))
-    lines = [f"  {corner:<{width}}" + "".join(f"{name:>14}" for name in names)]
+    width, column = max(map(len, [*names, corner])), max(6, *(len(name) + 2 for name in names))
+    lines = [f"  {corner:<{width}}" + "".join(f"{name:>{column}}" for name in names)]
     lines += [
-        f"  {name:<{width}}" + "".join(f"{count:>14,}" for count in row)
+        f"  {name:<{width}}" + "".join(f"{count:>{column},}" for count in row)
         for name, row in zip(names, counts, strict=True)
     ]
     return "\n".join(lines)

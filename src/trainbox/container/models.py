@@ -25,9 +25,9 @@ SIZES = {
 """How small a tiny model is, by the names that the architectures have for it."""
 TINY = {name: size for size, names in SIZES.items() for name in names}
 TINY_IMAGES = {
-    "image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "image_size": 32, "patch_size": 4, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "embedding_size": 32, "embed_dim": 32, "hidden_sizes": [32, 64, 128],
-    "depths": [1, 1, 1], "num_stages": 3, "num_heads": [2, 4, 8], "window_size": 4,
+    "depths": [1, 1, 1], "num_stages": 3, "num_heads": [2, 4, 8], "window_size": 2,
 }  # fmt: skip
 """The same of image models."""
 CHAT_TEMPLATE = (

@@ -15,7 +15,18 @@ from trainbox.host import paths
 from trainbox.spec import record
 from trainbox.spec.checkpoint import all_checkpoints, step_of
 
-OURS = ("final", "merged", "cache", "logs", "spec.json", "result.json", "run.json", "metrics.jsonl", "samples.jsonl")
+OURS = (
+    "final",
+    "last",
+    "merged",
+    "cache",
+    "logs",
+    "spec.json",
+    "result.json",
+    "run.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+)
 """What a run leaves besides its checkpoints; a new run takes these away and nothing else."""
 
 MARKS = ("spec.json", "run.json")

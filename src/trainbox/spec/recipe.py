@@ -111,6 +111,9 @@ ENCODER_TARGETS = [
 SEQ2SEQ_TARGETS = ["q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "out_proj"]
 """The attention projections of T5 and BART."""
 
+IMAGE_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "query", "key", "value", "dense"]
+"""The projections of ViT, BEiT, DINOv2 and Swin, by their names in memory."""
+
 
 class EncoderLora(Lora):
     """The low-rank adapter (https://arxiv.org/abs/2106.09685)."""
@@ -125,6 +128,13 @@ class Seq2SeqLora(EncoderLora):
     """The low-rank adapter (https://arxiv.org/abs/2106.09685)."""
 
     target_modules: str | list[str] = SEQ2SEQ_TARGETS
+    """Modules that get an adapter: a list of names, a regular expression, or `all-linear`."""
+
+
+class ImageLora(EncoderLora):
+    """The low-rank adapter (https://arxiv.org/abs/2106.09685)."""
+
+    target_modules: str | list[str] = IMAGE_TARGETS
     """Modules that get an adapter: a list of names, a regular expression, or `all-linear`."""
 
 
@@ -641,6 +651,7 @@ class ImageClassifierRecipe(EncoderRecipe):
 
     task: Literal["image-classification"] = "image-classification"
     data: ImageData = ImageData()
+    lora: ImageLora = ImageLora()
     augmentation: Augmentation = Augmentation()
     classification: ImageClassification = ImageClassification()
 
