@@ -80,6 +80,16 @@ def test_a_table_of_images_trains_as_their_folders_do(straight: Callable[..., Pa
     assert record(output)["metrics"]["last_loss"] == record(straight("image-classifier"))["metrics"]["last_loss"]
 
 
+def test_the_same_images_in_other_folders_are_found_there(straight: Callable[..., Path], tmp_path: Path) -> None:
+    straight("image-classifier")
+    settings = f"{PLAIN} data.validation_file={SAMPLE / 'validation'}"
+    ended = run(*training("image-classifier", tmp_path / "out", settings, f"--data={SAMPLE / 'train'}"))
+    assert ended.code == 0, ended.text
+    found = record(tmp_path / "out")
+    assert found["data"]["rows"] == {"train": 250, "validation": 60}
+    assert found["metrics"]["eval_loss"] == record(straight("image-classifier"))["metrics"]["eval_loss"]
+
+
 def test_the_last_model_stands_beside_the_best_each_with_processor_and_labels(straight: Callable[..., Path]) -> None:
     output = straight("image-classifier", BEST)
     for name in ("final", "last"):

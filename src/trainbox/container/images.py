@@ -19,10 +19,10 @@ from trainbox.container.prepare import Encoder, Placed, Stats
 from trainbox.container.task import Settings
 from trainbox.errors import ConfigError
 from trainbox.spec.asking import Question
-from trainbox.spec.images import open_image, size_of
+from trainbox.spec.images import ImageReader, open_image, size_of
 from trainbox.spec.recipe import Augmentation
 from trainbox.spec.rows import Row
-from trainbox.spec.run import RunSpec
+from trainbox.spec.run import RunSpec, box
 
 NARROWEST = 3 / 4
 """Ratio of width to height of a random crop, or of height to width."""
@@ -39,11 +39,13 @@ class ImageEncoder(Encoder):
         self._multi = recipe.classification.multi_label
         self._ids = {label: number for number, label in enumerate(spec.data.labels)}
         self.columns = {"image": pa.string(), "labels": pa.list_(pa.float32()) if self._multi else pa.int64()}
-        self.depends_on = self._multi
+        # The same images in other folders have other paths.
+        self.depends_on = [self._multi, spec.data.files]
 
     def encode(self, rows: list[Placed]) -> list[tuple[Any, ...]]:
-        """Path, and label or labels."""
-        return [(example["image"], self._label(example["labels"])) for _, example in rows]
+        """Path inside the box, and label or labels."""
+        root = str(box("/")).rstrip("/")
+        return [(example["image"].removeprefix(root), self._label(example["labels"])) for _, example in rows]
 
     def _label(self, labels: list[str]) -> Any:
         return [float(label in labels) for label in self._ids] if self._multi else self._ids[labels[0]]
@@ -74,17 +76,18 @@ class Batch:
     def __call__(self, examples: list[Row]) -> dict[str, torch.Tensor]:
         """A batch of the model's inputs; mixed labels are shares, (batch, labels)."""
         labels = torch.tensor([example["labels"] for example in examples])
-        paths = [example["image"] for example in examples]
+        paths = [box(example["image"]) for example in examples]
         if not self.epoch:
             return {"pixel_values": processed(self._processor, [open_image(path) for path in paths]), "labels": labels}
         with torch.random.fork_rng(devices=[]):
-            seed = shared.seed_of(self._seed, self.epoch, "\n".join(paths).encode())
+            content = "\n".join(map(ImageReader.name_of, paths)).encode()
+            seed = shared.seed_of(self._seed, self.epoch, content)
             torch.default_generator.manual_seed(seed)
             images = [self._varied(path) for path in paths]
             pixels = processed(self._processor, images, do_resize=False, do_center_crop=False)
             return self._mixed(pixels, labels) if self._mixup else {"pixel_values": pixels, "labels": labels}
 
-    def _varied(self, path: str) -> Any:
+    def _varied(self, path: Path) -> Any:
         """A random crop, perhaps mirrored. A large JPEG is decoded no larger than the crop needs: several times faster.
 
         Source: the crop of torchvision's RandomResizedCrop.
