@@ -6,7 +6,7 @@ VENV := .venv
 INVOKE := $(VENV)/bin/python -m invoke
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume infer evaluate merge verify import adapters explain schema build engine lock test lint bench clean
+.PHONY: help setup train resume infer evaluate merge check verify import adapters explain schema build engine lock test lint bench clean
 
 help: ## print this menu
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,9 @@ evaluate: setup ## the recipe's metrics on new data: make evaluate [CHECKPOINT=o
 
 merge: setup ## write adapter + base as one model [CHECKPOINT=output/final OUTPUT=merged], or several adapters as one: ADAPTERS="a=path b=path" WEIGHTS="0.7 0.3" [COMBINATION=cat|svd|linear..]
 	@$(INVOKE) merge --checkpoint "$$CHECKPOINT" --adapter "$$ADAPTERS" --weights "$$WEIGHTS" --combination "$$COMBINATION" --output "$$OUTPUT" --engine "$$ENGINE"
+
+check: setup ## what the data holds, checked as a training would; for images a contact sheet: make check RECIPE=.. DATA=.. [OUTPUT=contact-sheet.png]
+	@$(INVOKE) check --recipe "$$RECIPE" --profile "$$PROFILE" --data "$$DATA" --config "$$CONFIG" --set "$$SET" --output "$$OUTPUT"
 
 verify: setup ## recheck a run's files against its record: make verify [OUTPUT=output]
 	@$(INVOKE) verify --output "$$OUTPUT"

@@ -206,6 +206,17 @@ def adapters(c, output="output"):
     listing.show(Path(output or "output"))
 
 
+@verb(help={"output": "where the contact sheet of images goes; default: contact-sheet.png"})
+def check(c, recipe="", profile="", data="", config="", set="", output=""):
+    """Check data as a training would, and print what it holds; for images with a contact sheet."""
+    from trainbox.host import checking, importing, pipeline
+    from trainbox.spec.load import Choices, split_settings
+
+    asked = Choices(recipe, profile, "", data, split_settings(set), config)
+    asked = importing.choose(asked) if config else asked
+    checking.check(replace(asked, recipe=asked.recipe or pipeline.DEMO.recipe), Path(output) if output else None)
+
+
 @verb(positional=["section"], help={"section": "e.g. lora, training.learning_rate; without: everything"})
 def explain(c, section):
     """Print every field of a recipe with type, default and meaning."""

@@ -31,8 +31,12 @@ def check(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
     `folder` is the recipe's: relative paths start there. Raises DataError with the file and line of the first fault.
     """
     root, revision = _locate(chosen, folder)
-    splits = dataset.find_splits(_at(chosen, root), folder)
-    return _source(chosen, splits, folder, root, revision)
+    return _source(chosen, dataset.find_splits(_at(chosen, root), folder), folder, root, revision)
+
+
+def splits_of(chosen: Recipe, folder: Path) -> Splits:
+    """The files of each split on this machine, of data that was checked."""
+    return dataset.find_splits(_at(chosen, _locate(chosen, folder)[0]), folder)
 
 
 def check_for_evaluation(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
