@@ -10,12 +10,13 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainbox.host import engine, paths, pipeline
+from trainbox.host import data, engine, paths, pipeline
+from trainbox.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
@@ -168,3 +169,18 @@ def copy_checkout(root: Path) -> Path:
     for name in ("tasks.py", "Makefile"):
         shutil.copy(ROOT / name, root)
     return root
+
+
+def inside(docker: engine.Docker, reference: Path, output: Path, script: str) -> str:
+    """What a Python script says in the very container of a run: its flags, its image; another command and output."""
+    spec = RunSpec.read(reference / "spec.json")
+    output.mkdir()
+    spec.write(output / "spec.json")
+    _, mounts = data.check(spec.recipe, pipeline.recipe_folder(spec.choices["recipe"]))
+    image, model = spec.origin["image"]["tag"], Path(spec.model.reference)
+    box = pipeline.train_box(spec, image, model, mounts, output, use_gpus=False)
+    argv = docker.argv(replace(box, command=("-c", script)))
+    argv[argv.index(image) : argv.index(image)] = ["--rm", "--entrypoint", "python"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, **SECRETS})
+    assert done.returncode == 0, done.stderr
+    return done.stdout

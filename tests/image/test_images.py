@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PLAIN, ROOT, run, training
+from commands import PLAIN, ROOT, inside, run, training
 from PIL import Image
+
+from trainbox.host.engine import Docker
 
 SAMPLE = ROOT / "recipes/image-classifier/sample"
 BEST = f"{PLAIN} training.load_best_model_at_end=true training.metric_for_best_model=accuracy"
@@ -131,6 +133,56 @@ def test_several_labels_an_image_are_learned_from_a_table(digits: Path, tmp_path
 
 def several(digit: int) -> str:
     return ",".join(["even"] * (digit % 2 == 0) + ["large"] * (digit > 4))
+
+
+BATCHES = """
+import torch
+from pathlib import Path
+from trainbox.container import trainer as shared
+from trainbox.container.images import *
+from trainbox.container.prepare import prepared
+task = ImageClassification(RunSpec.read(Path("/output/spec.json")))
+processor = task.tokenizer = task.load_tokenizer(Path("/model"))
+data, _ = prepared(task.spec, ImageEncoder(task.spec, processor))
+rows = [data["train"][index] for index in range(12)]
+def batch(epoch, rows=rows, **wanted):
+    recipe = task.recipe.model_copy(update={"classification": task.recipe.classification.model_copy(update=wanted)})
+    maker = Batch(processor, (32, 32), recipe, 10)
+    maker.epoch = epoch
+    return maker(rows)
+plain = processor([open_image(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
+assert torch.equal(batch(0)["pixel_values"], plain)
+assert torch.equal(batch(0, mixup_alpha=0.4)["pixel_values"], plain)
+state = torch.get_rng_state()
+first = batch(1)["pixel_values"]
+torch.rand(3)
+assert torch.equal(batch(1)["pixel_values"], first)
+assert not torch.equal(batch(2)["pixel_values"], first)
+assert not torch.equal(first, plain)
+torch.set_rng_state(state)
+batch(1, mixup_alpha=0.4)
+assert torch.equal(torch.get_rng_state(), state)
+mixed = batch(1, mixup_alpha=0.4)
+assert torch.allclose(mixed["labels"].sum(1), torch.ones(12))
+own = mixed["labels"][0, rows[0]["labels"]]
+wanted = own * first + (1 - own) * first.roll(1, 0)
+same = rows[0]["labels"] == rows[-1]["labels"]
+assert same or torch.allclose(mixed["pixel_values"], wanted, atol=1e-5)
+logits, ids = torch.randn(12, 10), torch.tensor([row["labels"] for row in rows])
+entropy, out, weights = torch.nn.functional.cross_entropy, {"logits": logits}, torch.rand(10)
+smooth = shared.label_loss(out, ids, smoothing=0.1, blended=True)
+torch.testing.assert_close(smooth, entropy(logits, ids, label_smoothing=0.1))
+torch.testing.assert_close(shared.label_loss(out, mixed["labels"], blended=True), entropy(logits, mixed["labels"]))
+halves = [shared.label_loss({"logits": logits[cut]}, mixed["labels"][cut], torch.tensor(120), weights, blended=True)
+          for cut in (slice(0, 6), slice(6, 12))]
+torch.testing.assert_close(sum(halves), entropy(logits, mixed["labels"], weight=weights, reduction="sum") / 12)
+"""
+
+
+def test_training_images_vary_by_epoch_alone_and_those_to_evaluate_are_the_processors_own(
+    engine: Docker, straight: Callable[..., Path], tmp_path: Path
+) -> None:
+    inside(engine, straight("image-classifier"), tmp_path / "out", BATCHES)
 
 
 @pytest.mark.slow

@@ -7,14 +7,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PACKED, PLAIN, RECIPES, SECRETS, Command, assert_same_run, metrics, run, training
+from commands import PACKED, PLAIN, RECIPES, SECRETS, Command, assert_same_run, inside, metrics, run, training
 
-from trainbox.host import data, paths, pipeline
+from trainbox.host import paths
 from trainbox.host.engine import Docker
 from trainbox.spec.checkpoint import newest_complete
 from trainbox.spec.run import RunSpec
@@ -107,21 +106,6 @@ print(json.dumps({
     "writable": [path for path in PATHS if writes(path)],
 }))
 """
-
-
-def inside(engine: Docker, reference: Path, output: Path, script: str) -> str:
-    """What a Python script says in the very container of a run: its flags, its image; another command and output."""
-    spec = RunSpec.read(reference / "spec.json")
-    output.mkdir()
-    spec.write(output / "spec.json")
-    _, mounts = data.check(spec.recipe, pipeline.recipe_folder(spec.choices["recipe"]))
-    image, model = spec.origin["image"]["tag"], Path(spec.model.reference)
-    box = pipeline.train_box(spec, image, model, mounts, output, use_gpus=False)
-    argv = engine.argv(replace(box, command=("-c", script)))
-    argv[argv.index(image) : argv.index(image)] = ["--rm", "--entrypoint", "python"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, **SECRETS})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_sandbox_of_a_training_holds_from_inside(
