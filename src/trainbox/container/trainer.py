@@ -272,19 +272,26 @@ def _cannot_save(error: Exception, output: Path, name: str) -> Exception:
     return TrainingError(f"{what} while saving {name}", place=str(output), remedy=good)
 
 
+ONE_WISH = 0.2
+"""Seconds in which a second signal is the first one's echo: a killed harness with threads makes the kernel send two."""
+
+
 class Interrupt:
     """SIGTERM and SIGINT: the first ends the run after its step, with a checkpoint; the second ends it at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self.training = False
+        self._asked_at = 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and time.monotonic() - self._asked_at < ONE_WISH:
+            return
         if self.asked or not self.training:
             os._exit(128 + number)
-        self.asked = True
+        self.asked, self._asked_at = True, time.monotonic()
         emit("note", text="stopping: finishing this step and saving (once more to stop at once)")
 
 
