@@ -189,8 +189,8 @@ class OnText(Classification):
 # A label, or several, for a text
 
 
-class TextEncoder(Encoder):
-    """One text, or two, cut to max_length."""
+class LabelEncoder(Encoder):
+    """The ID of a row's label, or with multi_label 1.0 for each that it has, else 0.0."""
 
     sources = (*Encoder.sources, "container/classify.py", "spec/labels.py")
 
@@ -199,10 +199,21 @@ class TextEncoder(Encoder):
         recipe: Any = spec.recipe
         self._multi = recipe.classification.multi_label
         self._ids = {label: number for number, label in enumerate(spec.data.labels)}
-        self._inputs = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
-        labels = pa.list_(pa.float32()) if self._multi else pa.int64()
-        self.columns = {**dict.fromkeys(self._inputs, TOKENS), "length": pa.int32(), "labels": labels}
+        self.label_type = pa.list_(pa.float32()) if self._multi else pa.int64()
         self.depends_on = self._multi
+
+    def label(self, labels: list[str]) -> Any:
+        """An example's labels as `label_type` has them."""
+        return [float(label in labels) for label in self._ids] if self._multi else self._ids[labels[0]]
+
+
+class TextEncoder(LabelEncoder):
+    """One text, or two, cut to max_length."""
+
+    def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        self._inputs = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+        self.columns = {**dict.fromkeys(self._inputs, TOKENS), "length": pa.int32(), "labels": self.label_type}
 
     def encode(self, rows: list[Placed]) -> list[tuple[Any, ...]]:
         """The inputs of each row, its length before it was cut, and its labels."""
@@ -214,13 +225,8 @@ class TextEncoder(Encoder):
         encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.data.max_length)
         cut = Counter(each.overflowing != [] and index for index, each in enumerate(encoded.encodings))
         columns = [encoded[name] for name in self._inputs]
-        labels = [self._label(example["labels"]) for example in examples]
+        labels = [self.label(example["labels"]) for example in examples]
         return [(*each, labels[index], index in cut) for index, each in enumerate(zip(*columns, strict=True))]
-
-    def _label(self, labels: list[str]) -> Any:
-        if not self._multi:
-            return self._ids[labels[0]]
-        return [float(label in labels) for label in self._ids]
 
     def keep(self, row: tuple[Any, ...], stats: Stats) -> tuple[Any, ...]:
         """Every row, counted."""

@@ -14,8 +14,8 @@ from torchvision.transforms import RandomResizedCrop, v2
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from trainbox.container import trainer as shared
-from trainbox.container.classify import Labelling
-from trainbox.container.prepare import Encoder, Placed, Stats
+from trainbox.container.classify import LabelEncoder, Labelling
+from trainbox.container.prepare import Placed, Stats
 from trainbox.container.task import Settings
 from trainbox.errors import ConfigError
 from trainbox.spec.asking import Question
@@ -28,27 +28,21 @@ NARROWEST = 3 / 4
 """Ratio of width to height of a random crop, or of height to width."""
 
 
-class ImageEncoder(Encoder):
+class ImageEncoder(LabelEncoder):
     """The path of each image that can be read, and its labels."""
 
-    sources = (*Encoder.sources, "container/images.py", "spec/images.py", "spec/labels.py")
+    sources = (*LabelEncoder.sources, "container/images.py", "spec/images.py")
 
     def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)
-        recipe: Any = spec.recipe
-        self._multi = recipe.classification.multi_label
-        self._ids = {label: number for number, label in enumerate(spec.data.labels)}
-        self.columns = {"image": pa.string(), "labels": pa.list_(pa.float32()) if self._multi else pa.int64()}
+        self.columns = {"image": pa.string(), "labels": self.label_type}
         # The same images in other folders have other paths.
-        self.depends_on = [self._multi, spec.data.files]
+        self.depends_on = [self.depends_on, spec.data.files]
 
     def encode(self, rows: list[Placed]) -> list[tuple[Any, ...]]:
         """Path inside the box, and label or labels."""
         root = str(box("/")).rstrip("/")
-        return [(example["image"].removeprefix(root), self._label(example["labels"])) for _, example in rows]
-
-    def _label(self, labels: list[str]) -> Any:
-        return [float(label in labels) for label in self._ids] if self._multi else self._ids[labels[0]]
+        return [(example["image"].removeprefix(root), self.label(example["labels"])) for _, example in rows]
 
     def keep(self, row: tuple[Any, ...], stats: Stats) -> tuple[Any, ...]:
         """Every row."""
@@ -100,8 +94,8 @@ class Batch:
             top, left, tall, wide = RandomResizedCrop.get_params(shape, scale, ratio)
         image = open_image(path, (-(-width * columns // wide), -(-height * rows // tall)))
         fraction = image.width / width, image.height / height
-        box = (left * fraction[0], top * fraction[1], (left + wide) * fraction[0], (top + tall) * fraction[1])
-        image = image.resize((columns, rows), resample=Image.Resampling.BILINEAR, box=box)
+        crop = (left * fraction[0], top * fraction[1], (left + wide) * fraction[0], (top + tall) * fraction[1])
+        image = image.resize((columns, rows), resample=Image.Resampling.BILINEAR, box=crop)
         if self._vary.horizontal_flip and torch.rand(()) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self._jitter(image) if self._jitter else image

@@ -37,14 +37,15 @@ def check(choices: Choices, target: Path | None) -> None:
     for split, count in source.rows.items():
         ui.say(f"{split:<12}{count:,} rows")
     ui.say(f"read as     {', '.join(f'{name} ({count:,})' for name, count in source.formats.items())}")
+    splits = data.splits_of(recipe, folder)
     if source.labels:
-        _show_labels(recipe, source.labels, data.splits_of(recipe, folder))
+        _show_labels(recipe, source.labels, splits)
     else:
-        _, example = next(reader(recipe).read(data.splits_of(recipe, folder)["train"]))
+        _, example = next(reader(recipe).read(splits["train"]))
         ui.say(f"a row       {json.dumps(example, ensure_ascii=False)[:400]}")
     if recipe.task == IMAGES:
         path = target or SHEET
-        _draw_sheet(_spread(_examples(recipe, data.splits_of(recipe, folder)["train"])), path)
+        _draw_sheet(_spread(_examples(recipe, splits["train"])), path)
         ui.say(f"sheet       {path}")
 
 

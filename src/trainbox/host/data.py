@@ -57,7 +57,8 @@ def _source(
     with_code = {**splits, "code": code} if code else splits
     files, mounts = _into_box(with_code, _roots(chosen, folder, root))
     shown = files.pop("code", [])
-    facts["hash"] = dataset.hash_splits(chosen, dataset.whole(chosen, with_code))
+    if code:
+        facts["hash"] = dataset.hash_splits(chosen, dataset.whole(chosen, with_code))
     return DataSource(files=files, reference=chosen.data.path, revision=revision, code=shown, **facts), mounts
 
 
