@@ -177,6 +177,12 @@ def _grpo() -> type[Task]:
     return Grpo
 
 
+def _text_to_image() -> type[Task]:
+    from trainbox.container.diffusion import TextToImage
+
+    return TextToImage
+
+
 TASKS: dict[str, Callable[[], Callable[[RunSpec], Task]]] = {
     "sft": _sft,
     "text-classification": _text_classification,
@@ -186,6 +192,7 @@ TASKS: dict[str, Callable[[], Callable[[RunSpec], Task]]] = {
     "masked-lm": _masked_lm,
     "preference": _preference,
     "grpo": _grpo,
+    "text-to-image": _text_to_image,
 }
 """A new training method adds its class."""
 

@@ -130,6 +130,34 @@ def _keep_trainable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def quantise(model: Any, wanted: Any, compute: torch.dtype) -> None:
+    """Replace the linear layers of a model by bitsandbytes' quantised ones; they shrink when they move to a device.
+
+    diffusers' own way refuses to work on a CPU.
+    """
+    import bitsandbytes as bnb
+
+    compute = DTYPES.get(wanted.compute_dtype, compute)
+    for name, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear:
+            continue
+        size = (module.in_features, module.out_features, module.bias is not None)
+        if wanted.quant_type == "int8":
+            new: Any = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False, threshold=6.0)
+            new.weight = bnb.nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+        else:
+            new = bnb.nn.Linear4bit(
+                *size, compute_dtype=compute, compress_statistics=wanted.double_quant, quant_type=wanted.quant_type
+            )
+            new.weight = bnb.nn.Params4bit(
+                module.weight.data, requires_grad=False, compress_statistics=wanted.double_quant,
+                quant_type=wanted.quant_type, module=new,
+            )  # fmt: skip
+        new.bias = module.bias
+        model.set_submodule(name, new)
+    _keep_trainable(model)
+
+
 # Adapters
 
 

@@ -30,6 +30,8 @@ TINY_IMAGES = {
     "depths": [1, 1, 1], "num_stages": 3, "num_heads": [2, 4, 8], "window_size": 2,
 }  # fmt: skip
 """The same of image models."""
+PIPELINES = ("sd15", "sdxl", "flux", "z-image")
+"""Diffusion models, which are several models in one folder."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -59,8 +61,13 @@ def _make_random(model_type: str, folder: Path) -> None:
 
     from trainbox.spec.load import nearest
 
+    if model_type in PIPELINES:
+        from trainbox.container.tiny_pipelines import make_pipeline
+
+        make_pipeline(model_type, folder)
+        return
     if model_type not in CONFIG_MAPPING_NAMES:
-        hint = nearest(model_type, CONFIG_MAPPING_NAMES)
+        hint = nearest(model_type, [*PIPELINES, *CONFIG_MAPPING_NAMES])
         raise ConfigError(f"transformers knows no model type {model_type!r}", place="model.name", remedy=hint)
     kind, auto_class = _kind(model_type)
     if kind == "image":

@@ -119,16 +119,16 @@ def _make(spec: RunSpec, encoder: Encoder, folder: Path) -> Path:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     stats = {}
-    for split, rows, total in _splits(spec):
+    for split, rows, total in splits_of(spec):
         stats[split] = _write_split(encoder, rows, total, staged / f"{split}.arrow")
     write_json(staged / "stats.json", stats)
     staged.rename(folder)
     return folder
 
 
-def _splits(spec: RunSpec) -> Iterator[tuple[str, Iterable[Placed], int]]:
+def splits_of(spec: RunSpec) -> Iterator[tuple[str, Iterable[Placed], int]]:
     """(name, rows, how many), the validation rows taken out of the training ones where the recipe says so."""
-    data, rows = spec.recipe.data, spec.data.rows
+    data, rows, recipe = spec.recipe.data, spec.data.rows, spec.in_box
     files = {split: [box(path) for path in paths] for split, paths in spec.data.files.items()}
     if "train" in files:
         total, held = rows["train"], set[int]()
@@ -137,7 +137,7 @@ def _splits(spec: RunSpec) -> Iterator[tuple[str, Iterable[Placed], int]]:
             held = set(random.Random(spec.recipe.training.seed).sample(range(total), count))  # noqa: S311
 
         def train(keep_held: bool) -> Iterator[Placed]:
-            rows = enumerate(reader(spec.recipe).read(files["train"]))
+            rows = enumerate(reader(recipe).read(files["train"]))
             return (row for index, row in rows if (index in held) == keep_held)
 
         yield "train", train(keep_held=False), total - len(held)
@@ -145,7 +145,7 @@ def _splits(spec: RunSpec) -> Iterator[tuple[str, Iterable[Placed], int]]:
             yield "validation", train(keep_held=True), len(held)
     for split in ("validation", "test"):
         if split in files:
-            yield split, reader(spec.recipe).read(files[split]), rows[split]
+            yield split, reader(recipe).read(files[split]), rows[split]
 
 
 def _write_split(encoder: Encoder, rows: Iterable[Placed], total: int, path: Path) -> Stats:

@@ -9,7 +9,7 @@ from pathlib import Path
 from trainbox.container.report import Progress, emit
 from trainbox.errors import ConfigError
 from trainbox.spec.checkpoint import hash_folder
-from trainbox.spec.dataset import check, find_splits, resolve
+from trainbox.spec.dataset import check, find_splits, located, resolve
 from trainbox.spec.load import Choices, load_recipe
 from trainbox.spec.recipe import Recipe
 from trainbox.spec.run import BOX_DATA, BOX_MODEL, BOX_OUTPUT, UNWANTED, DataSource, ModelSource, RunSpec, box
@@ -56,14 +56,15 @@ def _filled(folder: Path) -> bool:
 
 
 def _data(recipe: Recipe) -> DataSource:
-    splits = find_splits(recipe, RECIPE)
+    found = located(recipe, RECIPE)
+    splits = find_splits(found, RECIPE)
     progress = Progress("checking data")
-    facts = check(recipe, splits, progress.update)
+    facts = check(found, splits, progress.update)
     files = {split: [str(path) for path in paths] for split, paths in splits.items()}
     for line in facts.warnings:
         emit("warn", text=line)
     code = [str(resolve(path, RECIPE)) for path, _ in recipe.code]
-    return DataSource(files=files, code=code, **asdict(facts))
+    return DataSource(files=files, roots=found.data.paths, code=code, **asdict(facts))
 
 
 def _model(recipe: Recipe) -> ModelSource:

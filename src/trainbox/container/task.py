@@ -12,7 +12,7 @@ import torch
 
 from trainbox.container import base_model
 from trainbox.container import trainer as shared
-from trainbox.container.prepare import Encoder, prepared
+from trainbox.container.prepare import Encoder, Stats, prepared
 from trainbox.container.report import emit
 from trainbox.errors import ConfigError
 from trainbox.spec.asking import Question, typed
@@ -70,7 +70,7 @@ class Task:
         training: Training = self.recipe.training
         shared.seed_everything(training)
         self.tokenizer = self.load_tokenizer(box(BOX_MODEL))
-        data, stats = prepared(self.spec, self.encoder_class(self.spec, self.tokenizer))
+        data, stats = self.prepare()
         model = self.load_model(box(BOX_MODEL))
         self.before(model, data, resume)
         shared.seed_everything(training)
@@ -101,6 +101,10 @@ class Task:
     def load_model(self, folder: Path) -> Any:
         """The base model, to be trained."""
         return base_model.load_for_training(self.recipe, folder, self.auto_class, **self.model_config())
+
+    def prepare(self) -> tuple[dict[str, Any], dict[str, Stats]]:
+        """The splits as the trainer takes them, and what became of their rows."""
+        return prepared(self.spec, self.encoder_class(self.spec, self.tokenizer))
 
     def model_config(self) -> dict[str, Any]:
         """Settings that the task lays over the model's own."""
@@ -146,6 +150,10 @@ class Task:
                 else:
                     model = PeftModel.from_pretrained(model, str(folder), adapter_name=own)
         return model.eval()
+
+    def choose(self, model: Any, name: str) -> None:
+        """Switch to the adapter of this name."""
+        model.set_adapter(adapter_name(name))
 
     def in_conversation(self, line: str, history: list[Any]) -> Question:
         """What a person typed as a question, with what was said before where that counts."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from trainbox.container import base_model
 from trainbox.container import trainer as shared
-from trainbox.container.prepare import prepared
 from trainbox.container.report import Progress, emit
 from trainbox.container.task import Settings, Task, adapter_name
 from trainbox.errors import ConfigError, TrainboxError
@@ -55,7 +54,7 @@ class Asked:
     def predict(self, questions: list[Question], name: str) -> list[Row]:
         """What the adapter of this name says of each."""
         if len(self.names) > 1:
-            self._model.set_adapter(adapter_name(name))
+            self.task.choose(self._model, name)
         return self.task.predict(self._model, questions, self._settings)
 
     def say(self, question: Question, name: str) -> Row:
@@ -149,7 +148,7 @@ def evaluate(task: Task, folder: Path) -> None:
     task.recipe = task.recipe.model_copy(update={"training": task.recipe.training.model_copy(update=alone)})
     task.recipe = _as_it_is(task.recipe, adapter)
     task.tokenizer = task.load_tokenizer(folder)
-    data, stats = prepared(task.spec, task.encoder_class(task.spec, task.tokenizer))
+    data, stats = task.prepare()
     model = task.load_model(box(BOX_MODEL) if adapter else folder)
     trainer = task.build_trainer(model, {**data, "train": data["test"]}, shared.Interrupt())
     if adapter:

@@ -13,7 +13,7 @@ from trainbox.errors import ConfigError
 from trainbox.host import data, ui
 from trainbox.host.pipeline import recipe_folder
 from trainbox.spec.asking import IMAGES
-from trainbox.spec.dataset import Splits, reader
+from trainbox.spec.dataset import Splits, find_splits, reader
 from trainbox.spec.images import open_image
 from trainbox.spec.load import Choices, load_recipe
 from trainbox.spec.reading import Example
@@ -37,7 +37,8 @@ def check(choices: Choices, target: Path | None) -> None:
     for split, count in source.rows.items():
         ui.say(f"{split:<12}{count:,} rows")
     ui.say(f"read as     {', '.join(f'{name} ({count:,})' for name, count in source.formats.items())}")
-    splits = data.splits_of(recipe, folder)
+    recipe, _ = data.locate(recipe, folder)
+    splits = find_splits(recipe, folder)
     if source.labels:
         _show_labels(recipe, source.labels, splits)
     else:

@@ -13,14 +13,14 @@ from typing import Any
 from trainbox.errors import DataError
 from trainbox.host import download, hashes, paths, ui
 from trainbox.host.box import Mount
-from trainbox.spec import dataset, formats, images, labels, pairs, preferences, reading, recipe, rows
+from trainbox.spec import buckets, captions, dataset, formats, images, labels, pairs, preferences, reading, recipe, rows
 from trainbox.spec.asking import IMAGES
 from trainbox.spec.dataset import Splits
 from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Recipe
 from trainbox.spec.run import BOX_DATA, DataSource, hash_json, write_json
 
-RULES = (dataset, formats, images, labels, pairs, preferences, reading, recipe, rows)
+RULES = (buckets, captions, dataset, formats, images, labels, pairs, preferences, reading, recipe, rows)
 """The modules that decide whether a row is good."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,2}")
 
@@ -30,36 +30,33 @@ def check(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
 
     `folder` is the recipe's: relative paths start there. Raises DataError with the file and line of the first fault.
     """
-    root, revision = _locate(chosen, folder)
-    return _source(chosen, dataset.find_splits(_at(chosen, root), folder), folder, root, revision)
-
-
-def splits_of(chosen: Recipe, folder: Path) -> Splits:
-    """The files of each split on this machine, of data that was checked."""
-    return dataset.find_splits(_at(chosen, _locate(chosen, folder)[0]), folder)
+    found, revision = locate(chosen, folder)
+    source, mounts = _source(found, dataset.find_splits(found, folder), folder, revision)
+    return source.model_copy(update={"reference": ", ".join(chosen.data.paths)}), mounts
 
 
 def check_for_evaluation(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
     """The same for rows to evaluate: those of the test split where there is one, else all of them."""
-    root, revision = _locate(chosen, folder)
-    splits = dataset.find_splits(_at(chosen, root), folder, training=False)
+    found, revision = locate(chosen, folder)
+    splits = dataset.find_splits(found, folder, training=False)
     rows_of_all = [path for files in splits.values() for path in files]
-    return _source(chosen, {"test": splits.get("test", rows_of_all)}, folder, root, revision)
+    source, mounts = _source(found, {"test": splits.get("test", rows_of_all)}, folder, revision)
+    return source.model_copy(update={"reference": ", ".join(chosen.data.paths)}), mounts
 
 
-def _source(
-    chosen: Recipe, splits: Splits, folder: Path, root: Path, revision: str | None
-) -> tuple[DataSource, tuple[Mount, ...]]:
+def _source(chosen: Recipe, splits: Splits, folder: Path, revision: str | None) -> tuple[DataSource, tuple[Mount, ...]]:
     code = _code(chosen, folder)
     facts = _check_rows(chosen, splits)
     for line in facts["warnings"]:
         ui.warn(line)
     with_code = {**splits, "code": code} if code else splits
-    files, mounts = _into_box(with_code, _roots(chosen, folder, root))
+    roots = _roots(chosen, folder)
+    files, mounts = _into_box(with_code, roots)
     shown = files.pop("code", [])
     if code:
         facts["hash"] = dataset.hash_splits(chosen, dataset.whole(chosen, with_code))
-    return DataSource(files=files, reference=chosen.data.path, revision=revision, code=shown, **facts), mounts
+    shown_roots = [_target(roots, Path(path)) for path in chosen.data.paths if Path(path) in roots]
+    return DataSource(files=files, roots=shown_roots, revision=revision, code=shown, **facts), mounts
 
 
 def _code(chosen: Recipe, folder: Path) -> list[Path]:
@@ -82,15 +79,16 @@ def _code(chosen: Recipe, folder: Path) -> list[Path]:
     return found
 
 
-def _locate(chosen: Recipe, folder: Path) -> tuple[Path, str | None]:
-    """The data on this machine; downloaded where it is named by its hub name."""
-    path = chosen.data.path
+def locate(chosen: Recipe, folder: Path) -> tuple[Recipe, str | None]:
+    """The recipe with its data where it is on this machine; downloaded where it is named by its hub name."""
     try:
-        return dataset.resolve(path, folder), None
+        return dataset.located(chosen, folder), None
     except DataError:
-        if not HUB_NAME.fullmatch(path) or Path(path).suffix.lower() in rows.READERS:
+        path = chosen.data.path
+        if len(chosen.data.paths) > 1 or not HUB_NAME.fullmatch(path) or Path(path).suffix.lower() in rows.READERS:
             raise
-    return download.dataset(path, chosen.data.revision)
+    root, revision = download.dataset(path, chosen.data.revision)
+    return dataset.at(chosen, [str(root)]), revision
 
 
 def _check_rows(chosen: Recipe, splits: Splits) -> dict[str, Any]:
@@ -111,23 +109,24 @@ def _check_rows(chosen: Recipe, splits: Splits) -> dict[str, Any]:
     return facts
 
 
-def _at(chosen: Recipe, root: Path) -> Recipe:
-    return chosen.model_copy(update={"data": chosen.data.model_copy(update={"path": str(root)})})
-
-
-def _roots(chosen: Recipe, folder: Path, root: Path) -> list[Path]:
+def _roots(chosen: Recipe, folder: Path) -> list[Path]:
     """The folders that the box sees whole: those named as data, and where the rows of a table name other files."""
     held_out = filter(None, (chosen.data.validation_file, chosen.data.test_file))
-    named = [root, *(dataset.resolve(name, folder) for name in held_out)]
+    named = [*map(Path, chosen.data.paths), *(dataset.resolve(name, folder) for name in held_out)]
     own = [path if path.is_dir() else path.parent for path in named if path.is_dir() or chosen.task == IMAGES]
     return list(dict.fromkeys(own))
+
+
+def _target(roots: list[Path], root: Path) -> str:
+    number = roots.index(root)
+    return f"{BOX_DATA}/files{f'-{number}' if number else ''}"
 
 
 def _into_box(splits: Splits, roots: list[Path]) -> tuple[dict[str, list[str]], tuple[Mount, ...]]:
     """A folder goes in whole; a single file by itself, so that the box sees nothing beside it."""
     files: dict[str, list[str]] = {}
     mounts: dict[str, Mount] = {}
-    targets = {root: f"{BOX_DATA}/files{f'-{number}' if number else ''}" for number, root in enumerate(roots)}
+    targets = {root: _target(roots, root) for root in roots}
     for split, found in splits.items():
         for path in found:
             root = next((root for root in roots if path.is_relative_to(root)), None)

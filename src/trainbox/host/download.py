@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<path>.*[^/])/?")
 PLACES = {"model": "model.name", "dataset": "data.path"}
+PIPELINE = "model_index.json"
+"""What a diffusion model has instead of config.json: its parts, each in a folder."""
 FACTS = ".trainbox.json"
 """In a cached folder, written last: which revision it is. A folder without it is not complete."""
 
@@ -55,13 +57,13 @@ def check_model(model: Model) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    if (folder / "config.json").is_file():
+    if any((folder / name).is_file() for name in ("config.json", PIPELINE)):
         return
     if (folder / "adapter_config.json").is_file():
         remedy = f"make it whole first: make merge CHECKPOINT={folder}"
         raise ConfigError("is an adapter, not a model", place=str(folder), remedy=remedy)
     remedy = "name a folder that `save_pretrained` wrote, or a hub name"
-    raise ConfigError("is no model: it has no config.json", place=str(folder), remedy=remedy)
+    raise ConfigError(f"is no model: it has no config.json or {PIPELINE}", place=str(folder), remedy=remedy)
 
 
 def model(wanted: Model, engine: Docker | Local, image: str) -> tuple[ModelSource, Path]:
@@ -147,10 +149,19 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
 
 def _model_files(name: str, files: list[str]) -> list[str]:
     wanted = [file for file in files if not _matches(file, UNWANTED)]
+    if PIPELINE in files:
+        wanted = _pipeline_files(wanted)
     if not any(file.endswith(".safetensors") for file in wanted):
         fault = f"{name} has no weights as .safetensors; pickled ones and other formats are not loaded"
         raise ConfigError(fault, place=PLACES["model"], remedy="look for a revision or a copy that has them")
     return wanted
+
+
+def _pipeline_files(files: list[str]) -> list[str]:
+    """The parts of a diffusion model in full precision: not their variants, nor all of them once more in one file."""
+    parts = [file for file in files if "/" in file or not file.endswith(".safetensors")]
+    variant = re.compile(r"\.(fp16|fp8|bf16|non_ema)[.-]")
+    return [file for file in parts if not variant.search(file) and not file.startswith("safety_checker/")]
 
 
 def dataset(name: str, revision: str | None) -> tuple[Path, str]:

@@ -200,6 +200,8 @@ def _summary(output: Path) -> None:
             ui.say(f"{split}     {scores}")
     ui.say(f"trained  {metrics.get('steps', 0)} steps in {metrics.get('train_runtime', 0):.0f} s")
     ui.say(f"record   {output / record.RECORD}")
+    if (output / "samples").is_dir():
+        ui.say(f"samples  {output / 'samples'}")
     asked = "photo.jpg" if found["recipe"]["task"] == IMAGES else '"..."'
     ui.say(f"ask it   make infer CHECKPOINT={output / 'final'} PROMPT={asked}")
 

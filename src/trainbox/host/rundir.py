@@ -14,6 +14,7 @@ from trainbox.errors import ConfigError
 from trainbox.host import paths
 from trainbox.spec import record
 from trainbox.spec.checkpoint import all_checkpoints, step_of
+from trainbox.spec.run import ITEMS
 
 OURS = (
     "final",
@@ -26,6 +27,7 @@ OURS = (
     "run.json",
     "metrics.jsonl",
     "samples.jsonl",
+    "samples",
 )
 """What a run leaves besides its checkpoints; a new run takes these away and nothing else."""
 
@@ -140,4 +142,13 @@ def keep_prepared(output: Path) -> None:
                 aside.rename(shared / folder.name)
             except OSError:  # another run was first
                 shutil.rmtree(aside)
+    _keep_items(made / ITEMS, shared / ITEMS)
     shutil.rmtree(made, ignore_errors=True)
+
+
+def _keep_items(made: Path, shared: Path) -> None:
+    for path in made.glob("*.safetensors") if made.is_dir() else ():
+        shared.mkdir(exist_ok=True)
+        aside = shared / f".{path.name}.{os.getpid()}.tmp"
+        shutil.move(path, aside)
+        aside.replace(shared / path.name)

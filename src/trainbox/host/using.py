@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from trainbox.host.box import Box, Mount
 from trainbox.host.image import ImageFacts
 from trainbox.host.pipeline import OFFLINE, Engine, on_host, pinned_recipe, recipe_folder, same_image
 from trainbox.host.watch import Watcher
-from trainbox.spec.asking import IMAGES, labels_of, read_config, read_questions, recipe_of
+from trainbox.spec.asking import IMAGES, PICTURES, labels_of, read_config, read_questions, recipe_of
 from trainbox.spec.events import metrics_text
 from trainbox.spec.images import fault_of, is_image
 from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Model, Recipe
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, BOX_SPEC, RunSpec, write_json
 
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+"""What diffusers keeps a LoRA in."""
 FALLBACKS = {IMAGES: "image-classifier"}
 """Whose image serves a folder that no run of ours made; for texts, that of text-classifier: it has all libraries."""
 COMBINATIONS = (
@@ -65,12 +67,17 @@ def find_trained(folder: Path) -> Trained:
     """Look at a folder. Raises ConfigError where it holds neither model nor adapter."""
     if not folder.is_dir():
         raise ConfigError("there is no such folder", place=str(folder), remedy="try CHECKPOINT=output/final")
-    if not any((folder / name).exists() for name in ("adapter_config.json", "config.json")):
+    if not any((folder / name).exists() for name in ("adapter_config.json", "config.json", DIFFUSERS)):
         remedy = "name output/final, a checkpoint, or a folder that merge wrote"
         raise ConfigError("holds neither a model nor an adapter", place=str(folder), remedy=remedy)
     path = folder.resolve().parent / "spec.json"
     spec = RunSpec.read(path) if path.exists() else None
-    trained = Trained(folder.resolve(), spec, read_config(folder, "adapter_config.json"))
+    drawing = (folder / DIFFUSERS).exists()
+    if drawing and spec is None:
+        fault = "no run of Trainbox is around it, so its base model is not known"
+        raise ConfigError(fault, place=str(folder), remedy="keep it beside the run's spec.json; or use plain diffusers")
+    config = {"peft_type": "diffusers"} if drawing else read_config(folder, "adapter_config.json")
+    trained = Trained(folder.resolve(), spec, config)
     if trained.base[0] == BOX_MODEL:
         remedy = "name it where its run left it, beside spec.json; or the run's final, which can be anywhere"
         raise ConfigError("a checkpoint's adapter does not say which base it is of", place=str(folder), remedy=remedy)
@@ -103,6 +110,9 @@ def infer(
 ) -> None:
     """Predict for a prompt, for each row of `source`, or for what is typed."""
     trained = _trained(folder, adapters)
+    if next(iter(trained.values())).recipe.task == PICTURES:
+        _draw(trained, engine_name, gpus, prompt, source, target)
+        return
     target = (target or Path("answers.jsonl")).absolute()
     command = ["infer", "--batch-size", str(batch_size)]
     if max_new_tokens:
@@ -134,6 +144,29 @@ def infer(
             _watched(chosen, box)
         else:  # the person and the box talk to each other: plain lines
             Watcher().raise_for(chosen.run(replace(box, interactive=True, env={**box.env, "TRAINBOX_EVENTS": "0"})))
+
+
+def _draw(
+    trained: dict[str, Trained], engine_name: str, gpus: str, prompt: str, source: Path | None, target: Path | None
+) -> None:
+    """An image for a prompt, or a folder of them for a file of prompts, with answers.jsonl beside them."""
+    if not prompt and not source:
+        remedy = 'PROMPT="a photo of ..." OUTPUT=image.png, or INPUT=prompts.jsonl OUTPUT=images'
+        raise ConfigError("images are drawn for a prompt: name one", place="PROMPT", remedy=remedy)
+    target = (target or Path("images" if source else "image.png")).absolute()
+    _refuse_existing(target)
+    command = ["infer", "--prompt", prompt]
+    mounts: tuple[Mount, ...] = ()
+    if source:
+        _check_rows(trained, source, target)
+        command, mounts = ["infer", "--input", f"/input/{source.name}"], (_into_box(source),)
+    elif target.suffix.lower() != ".png":
+        raise ConfigError("the image's name must end in .png", place=f"OUTPUT={target}")
+    with _opened(trained, engine_name, gpus) as (chosen, box), _staged(target) as staged:
+        mounts = (*box.mounts, *mounts, Mount(staged, BOX_OUTPUT, read_only=False))
+        _watched(chosen, replace(box, command=(*command, *_named(trained if "" not in trained else {})), mounts=mounts))
+        (staged if source else staged / "0001.png").rename(target)
+    ui.say(f"{'images' if source else 'image'}: {target}")
 
 
 def evaluate(folder: Path, path: str, target: Path | None, engine_name: str, gpus: str) -> None:
@@ -250,7 +283,7 @@ def _listed(values: Sequence[str | None]) -> str:
     return ", ".join(value for value in values if value) or "empty"
 
 
-def _named(adapters: dict[str, Path]) -> list[str]:
+def _named(adapters: Mapping[str, Any]) -> list[str]:
     return [part for name in adapters for part in ("--adapter", f"{name}=/adapters/{name}")]
 
 

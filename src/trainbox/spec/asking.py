@@ -23,6 +23,8 @@ Question = dict[str, Any]
 a path."""
 IMAGES = "image-classification"
 """The task that asks about files, not rows."""
+PICTURES = "text-to-image"
+"""The task that answers with files."""
 
 
 def read_questions(recipe: Recipe, path: Path) -> Iterator[tuple[str, Row, Question]]:
@@ -135,6 +137,10 @@ def _input(recipe: Recipe, row: Row, place: str) -> Question:
     return {"input": text_of(row, _find(row, usual, place), place)}
 
 
+def _prompt(recipe: Recipe, row: Row, place: str) -> Question:
+    return {"text": text_of(row, _find(row, ("prompt", "text", "caption"), place), place)}
+
+
 CHATS = ("sft", "preference", "grpo")
 QUESTIONS: dict[str, Callable[[Recipe, Row, str], Question]] = {
     **dict.fromkeys(CHATS, _conversation),
@@ -142,6 +148,7 @@ QUESTIONS: dict[str, Callable[[Recipe, Row, str], Question]] = {
     "text-classification": _texts,
     "token-classification": _words,
     "seq2seq": _input,
+    PICTURES: _prompt,
 }
 """A new training method adds what it is asked."""
 

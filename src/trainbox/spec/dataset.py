@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainbox.errors import DataError
+from trainbox.spec.captions import CaptionReader
 from trainbox.spec.formats import ChatReader, TextReader
 from trainbox.spec.images import ImageReader
 from trainbox.spec.labels import LabelReader, TagReader
@@ -44,13 +45,26 @@ def find_splits(recipe: Recipe, folder: Path, *, training: bool = True) -> Split
     Raises DataError where a path is absent, or a folder holds no data file (for `training`, none to train on).
     """
     kind, data = READERS_BY_TASK[recipe.task], recipe.data
-    splits = _splits_of(resolve(data.path, folder), kind)
+    splits: Splits = {}
+    for path in data.paths:
+        for split, files in _splits_of(resolve(path, folder), kind).items():
+            splits.setdefault(split, []).extend(files)
     for split, name in (("validation", data.validation_file), ("test", data.test_file)):
         if name:
             splits[split] = [file for files in _splits_of(resolve(name, folder), kind).values() for file in files]
     if training and not splits.get("train"):
         raise DataError("holds no training file", place=data.path, remedy="name one train.jsonl, or set DATA=")
     return splits
+
+
+def located(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its data where it is on this machine. Raises DataError where a path is absent."""
+    return at(recipe, [str(resolve(path, folder)) for path in recipe.data.paths])
+
+
+def at(recipe: Recipe, paths: list[str]) -> Recipe:
+    """The recipe with its data in other places."""
+    return recipe.model_copy(update={"data": recipe.data.at(paths)})
 
 
 def resolve(path: str, folder: Path) -> Path:
@@ -119,6 +133,7 @@ READERS_BY_TASK: dict[str, type[Reader[Any]]] = {
     "token-classification": TagReader,
     "image-classification": ImageReader,
     "seq2seq": PairReader,
+    "text-to-image": CaptionReader,
 }
 """A new training method adds its reader."""
 

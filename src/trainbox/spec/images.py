@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainbox.errors import DataError
 from trainbox.spec.labels import ANOTHER_COLUMN, LABEL, ClassReader
-from trainbox.spec.reading import SPLIT_NAMES, Example, Found, find_column, text_of
+from trainbox.spec.reading import SPLIT_NAMES, Example, Found, Reader, find_column, text_of
 from trainbox.spec.recipe import ImageClassifierRecipe
 from trainbox.spec.rows import Row, read_rows
 
@@ -70,7 +71,41 @@ def fault_of(path: str) -> str:
     return ""
 
 
-class ImageReader(ClassReader[ImageClassifierRecipe]):
+class FewUnreadable(Reader[Any]):
+    """For readers of images: one that cannot be read is left out, up to the limit of the recipe."""
+
+    def __init__(self, recipe: Any) -> None:
+        super().__init__(recipe)
+        self._unreadable: list[str] = []
+
+    def readable(self, found: Iterator[tuple[str, Example]]) -> Iterator[tuple[str, Example]]:
+        """The examples whose image can be read; one more fault than the recipe allows raises DataError."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            while chunk := list(itertools.islice(found, 256)):
+                faults = pool.map(fault_of, [example["image"] for _, example in chunk])
+                for (place, example), fault in zip(chunk, faults, strict=True):
+                    if fault:
+                        self._leave_out(example["image"], place, fault)
+                    else:
+                        yield place, example
+
+    def _leave_out(self, image: str, place: str, fault: str) -> None:
+        self._unreadable.append(f"{image} {fault}")
+        limit = self.recipe.data.max_unreadable
+        if len(self._unreadable) > limit:
+            shown = place if place.startswith(image) else f"{place}: {image}"
+            others = "".join(f"\n{line}" for line in self._unreadable[:-1])
+            remedy = f"repair or remove it, or let some be left out: SET=data.max_unreadable={max(10, 2 * limit)}"
+            raise DataError(fault, place=shown, remedy=remedy + (f"\nleft out before:{others}" if others else ""))
+
+    def finish(self) -> Found:
+        """With the images that were left out."""
+        found = super().finish()
+        lines = [f"{len(self._unreadable)} images cannot be read and are left out:", *self._unreadable]
+        return replace(found, warnings=(*found.warnings, "\n  ".join(lines))) if self._unreadable else found
+
+
+class ImageReader(FewUnreadable, ClassReader[ImageClassifierRecipe]):
     """`{"image": path, "labels": [...]}`, from a folder for each label, or from a table of paths and labels."""
 
     endings = (*ENDINGS, *TABLES)
@@ -78,7 +113,6 @@ class ImageReader(ClassReader[ImageClassifierRecipe]):
     def __init__(self, recipe: ImageClassifierRecipe) -> None:
         super().__init__(recipe)
         self._columns: tuple[str, str] | None = None
-        self._unreadable: list[str] = []
 
     @classmethod
     def files_in(cls, folder: Path) -> list[Path]:
@@ -105,26 +139,10 @@ class ImageReader(ClassReader[ImageClassifierRecipe]):
         return [Path(example["image"]) for file in tables for _, example in self._examples(file)]
 
     def read(self, files: list[Path]) -> Iterator[tuple[str, Example]]:
-        """Every image that can be read; the others are noted, and one more than the recipe allows raises DataError."""
-        found = (placed for file in files for placed in self._examples(file))
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            while chunk := list(itertools.islice(found, 256)):
-                faults = pool.map(fault_of, [example["image"] for _, example in chunk])
-                for (place, example), fault in zip(chunk, faults, strict=True):
-                    if fault:
-                        self._leave_out(example["image"], place, fault)
-                    else:
-                        self.formats["table" if "row" in example else "folders"] += 1
-                        yield place, {"image": example["image"], "labels": example["labels"]}
-
-    def _leave_out(self, image: str, place: str, fault: str) -> None:
-        self._unreadable.append(f"{image} {fault}")
-        limit = self.recipe.data.max_unreadable
-        if len(self._unreadable) > limit:
-            shown = place if place.startswith(image) else f"{place}: {image}"
-            others = "".join(f"\n{line}" for line in self._unreadable[:-1])
-            remedy = f"repair or remove it, or let some be left out: SET=data.max_unreadable={max(10, 2 * limit)}"
-            raise DataError(fault, place=shown, remedy=remedy + (f"\nleft out before:{others}" if others else ""))
+        """Every image that can be read."""
+        for place, example in self.readable(placed for file in files for placed in self._examples(file)):
+            self.formats["table" if "row" in example else "folders"] += 1
+            yield place, {"image": example["image"], "labels": example["labels"]}
 
     def _examples(self, file: Path) -> Iterator[tuple[str, Example]]:
         if is_image(file):
@@ -148,12 +166,6 @@ class ImageReader(ClassReader[ImageClassifierRecipe]):
         if self._columns:
             return f"column {self._columns[1]!r}", ANOTHER_COLUMN
         return self.recipe.data.path, "make a folder for each label: train/cat/1.jpg, train/dog/2.jpg"
-
-    def finish(self) -> Found:
-        """With the images that were left out."""
-        found = super().finish()
-        lines = [f"{len(self._unreadable)} images cannot be read and are left out:", *self._unreadable]
-        return replace(found, warnings=(*found.warnings, "\n  ".join(lines))) if self._unreadable else found
 
 
 def image_below(folder: Path, name: str, place: str) -> Path:

@@ -39,6 +39,8 @@ class DataSource(Section):
 
     files: dict[str, list[str]]
     """Paths inside the box, by split."""
+    roots: list[str] = Field(default_factory=list)
+    """Paths inside the box of what the recipe names as data, in its order."""
     reference: str = ""
     """What was asked for: a path of the host, or a hub name."""
     revision: str | None = None
@@ -108,6 +110,12 @@ class RunSpec(Section):
         }
 
     @property
+    def in_box(self) -> Recipe:
+        """The recipe with its data where the box sees it."""
+        roots = [str(box(path)) for path in self.data.roots]
+        return self.recipe.model_copy(update={"data": self.recipe.data.at(roots)}) if roots else self.recipe
+
+    @property
     def prepared_key(self) -> str:
         """Names the tokenised data: the same key, the same tokens."""
         data = self.recipe.data.model_dump(mode="json", exclude={"path", "validation_file", "test_file", "revision"})
@@ -164,6 +172,8 @@ BOX_SPEC = "/spec.json"
 BOX_DATA = "/data"
 BOX_OUTPUT = "/output"
 BOX_CACHE = "/cache"
+ITEMS = "items"
+"""Folder of the cache whose files are each whole by themselves: latents, embeddings."""
 
 
 def box(path: str) -> Path:

@@ -119,6 +119,7 @@ TYPED = {
     "token-classification": {"text": "Hi"},
     "seq2seq": {"input": "Hi"},
     "image-classification": {"image": "Hi"},
+    "text-to-image": {"text": "Hi"},
 }
 
 
