@@ -89,7 +89,6 @@ class Encoders:
     def vae(self) -> Any:
         """In float32: several overflow in float16."""
         if self._vae is None:
-            emit("stage", text="loading the VAE")
             pipe = pipe_of(self._family, self._folder, ("vae",))
             self._vae = pipe.vae.requires_grad_(False).eval().to(self._device, torch.float32)
         return self._vae
@@ -97,7 +96,6 @@ class Encoders:
     def pipe(self, trained: dict[str, Any] | None = None) -> Any:
         """The pipeline's half that encodes prompts, with these text encoders instead of its own."""
         if self._pipe is None:
-            emit("stage", text="loading the text encoders")
             self._pipe = pipe_of(self._family, self._folder, TEXT_ENCODERS, torch_dtype=self._dtype, **(trained or {}))
             for part in TEXT_ENCODERS:
                 module = getattr(self._pipe, part, None)
@@ -503,7 +501,6 @@ class TextToImage(Task):
         prompts = self._prompts()
         if not prompts:
             return None
-        emit("stage", text=f"drawing {len(prompts)} samples")
         was_training = model.training
         with torch.random.fork_rng():
             model.eval()

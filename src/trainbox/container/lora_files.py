@@ -28,6 +28,18 @@ def save_diffusers(family: Family, parts: Parts, folder: Path) -> None:
     """`load_lora_weights(folder)` of a plain pipeline reads it, with rank and alpha."""
     layers = {f"{part}_lora_layers": get_peft_model_state_dict(module) for part, module in parts.items()}
     family.pipeline.save_lora_weights(str(folder), **layers, **_collate_lora_metadata(parts))
+    path = folder / DIFFUSERS
+    path.write_bytes(_settled(path.read_bytes()))
+
+
+def _settled(content: bytes) -> bytes:
+    """A safetensors file with its metadata in one order: the library writes them in any."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def load_diffusers(parts: Parts, folder: Path) -> None:
@@ -62,7 +74,7 @@ def save_kohya(family: Family, parts: Parts, path: Path, metadata: dict[str, str
             tensors[f"{known}.lora_down.weight"] = down.detach().half().cpu().contiguous()
             tensors[f"{known}.lora_up.weight"] = up.detach().half().cpu().contiguous()
             tensors[f"{known}.alpha"] = torch.tensor(float(scale)).half()
-    path.write_bytes(save(tensors, {**metadata, **_hashes(save(tensors))}))
+    path.write_bytes(_settled(save(tensors, {**metadata, **_hashes(save(tensors))})))
 
 
 def _fuse(module: Any, layers: dict[str, torch.Tensor], names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
