@@ -57,8 +57,8 @@ class Family:
         """Arguments of the pipeline for prompts and negative prompts that are encoded already."""
         raise NotImplementedError
 
-    def kohya_name(self, part: str, module: str) -> str:
-        """kohya's name of a module with an adapter."""
+    def kohya_name(self, part: str, module: str, config: Any) -> str:
+        """kohya's name of a module with an adapter; `config` is that of its part."""
         return f"{self.kohya_prefix(part)}_{module.replace('.', '_')}"
 
     def kohya_prefix(self, part: str) -> str:
@@ -135,20 +135,21 @@ class StableDiffusionXL(Family):
             "negative_pooled_prompt_embeds": unwanted["pooled"],
         }
 
-    def kohya_name(self, part: str, module: str) -> str:
+    def kohya_name(self, part: str, module: str, config: Any) -> str:
         """The UNet's blocks by their numbers in the original model."""
-        return super().kohya_name(part, original_block(module) if part == self.denoiser else module)
+        own = original_block(module, config.layers_per_block) if part == self.denoiser else module
+        return super().kohya_name(part, own, config)
 
 
-def original_block(module: str) -> str:
+def original_block(module: str, layers: int) -> str:
     """`down_blocks.1.attentions.0.x` as SDXL's own code has it: `input_blocks.4.1.x`.
 
-    Three blocks a level, the last of a level down being the downsampler's, and 1 for the attention in a block.
+    A level has `layers` blocks and one more, on the way down the downsampler's; 1 is for the attention in a block.
     """
     found = re.match(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.(.*)", module)
     if found:
         side, level, kind, number, rest = found.groups()
-        block = 3 * int(level) + int(number) + (1 if side == "down" else 0)
+        block = (layers + 1) * int(level) + int(number) + (1 if side == "down" else 0)
         where = "input_blocks" if side == "down" else "output_blocks"
         return f"{where}.{block}.{int(kind == 'attentions')}.{rest if kind == 'attentions' else _layer(rest)}"
     found = re.match(r"mid_block\.(attentions|resnets)\.(\d+)\.(.*)", module)
@@ -206,9 +207,9 @@ class Flux(Family):
         """By T5's states and CLIP's; a distilled model has no negative prompt."""
         return {"prompt_embeds": wanted["text"], "pooled_prompt_embeds": wanted["pooled"]}
 
-    def kohya_name(self, part: str, module: str) -> str:
+    def kohya_name(self, part: str, module: str, config: Any) -> str:
         """By the module's name in the original model."""
-        return super().kohya_name(part, self._original(module) if part == self.denoiser else module)
+        return super().kohya_name(part, self._original(module) if part == self.denoiser else module, config)
 
     def _original(self, module: str) -> str:
         block, number, rest = module.split(".", 2)

@@ -67,7 +67,7 @@ def save_kohya(family: Family, parts: Parts, path: Path, metadata: dict[str, str
             whole = family.fused(name) if part == family.denoiser else None
             if whole is None:
                 down, up = (layers[f"{name}.lora_{side}.weight"] for side in "AB")
-                known, scale = family.kohya_name(part, name), alpha
+                known, scale = family.kohya_name(part, name, module.config), alpha
             else:
                 down, up = _fuse(module, layers, whole[1])
                 known, scale = f"lora_unet_{whole[0].replace('.', '_')}", alpha * len(whole[1])
