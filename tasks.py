@@ -86,9 +86,8 @@ def train(
     from trainbox.spec.load import Choices, split_settings
 
     asked = Choices(recipe, profile, model, data, split_settings(set), config)
-    if config:
-        asked = importing.choose(asked)
-    elif not (recipe or profile or model or data):
+    asked = importing.choose(asked)
+    if not (recipe or profile or model or data or config):
         asked = replace(pipeline.DEMO, set=asked.set)
     asked = replace(asked, recipe=asked.recipe or "llm-qlora")
     folder = Path(output or "output")
@@ -192,7 +191,7 @@ def verify(c, output):
 
 @verb(name="import", positional=["file"], help={"output": "what to write; default: NAME.trainbox.yaml, here"})
 def import_(c, file, output=""):
-    """Translate a configuration of axolotl, LLaMA-Factory or PEFT into a file for `train --config`."""
+    """Translate a configuration of another tool (`make import` lists which) into a file for `train --config`."""
     from trainbox.host import importing
 
     importing.bring(Path(file), Path(output) if output else None)
@@ -213,7 +212,7 @@ def check(c, recipe="", profile="", data="", config="", set="", output=""):
     from trainbox.spec.load import Choices, split_settings
 
     asked = Choices(recipe, profile, "", data, split_settings(set), config)
-    asked = importing.choose(asked) if config else asked
+    asked = importing.choose(asked)
     checking.check(replace(asked, recipe=asked.recipe or pipeline.DEMO.recipe), Path(output) if output else None)
 
 

@@ -11,23 +11,30 @@ import yaml
 from trainbox.errors import ConfigError
 from trainbox.host import pipeline, ui
 from trainbox.spec.foreign import Overrides, said, translate
-from trainbox.spec.load import SOURCES, Choices, is_path, load_recipe, map_paths, read_config
-from trainbox.spec.tree import read_yaml
+from trainbox.spec.load import SOURCES, Choices, describes, is_path, load_recipe, map_paths, read_config
+from trainbox.spec.tree import read_tree
 
 
 def choose(asked: Choices) -> Choices:
     """The choices with the recipe that their config names, if they name none; tells what it does not carry over."""
-    overrides = read_config(asked.config)
+    for file in (asked.config, asked.data if describes(asked.data) else ""):
+        if file:
+            asked = _lay(asked, file)
+    return asked
+
+
+def _lay(asked: Choices, file: str) -> Choices:
+    overrides = read_config(file)
     for line in overrides.left.values():
-        ui.warn(f"{asked.config}: not carried over: {line}")
+        ui.warn(f"{file}: not carried over: {line}")
     for note in overrides.notes:
-        ui.warn(f"{asked.config}: {note}")
+        ui.warn(f"{file}: {note}")
     if asked.recipe or not overrides.recipes:
         return asked
     try:
         pipeline.recipe_folder(overrides.recipes[0])
     except ConfigError as error:
-        error.place = overrides.origin.get("recipe", asked.config)
+        error.place = overrides.origin.get("recipe", file)
         raise
     return replace(asked, recipe=overrides.recipes[0])
 
@@ -39,7 +46,7 @@ def bring(file: Path, output: Path | None) -> None:
     """
     if file.is_dir():
         raise ConfigError("is a folder", place=str(file), remedy="name a file: FILE=axolotl.yml")
-    tree, lines = read_yaml(file, str(file))
+    tree, lines = read_tree(file, str(file))
     source = next((source for source in SOURCES if source.fits(tree)), None)
     if source is None:
         known = ", ".join(source.name for source in SOURCES)

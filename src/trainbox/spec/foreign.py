@@ -65,6 +65,8 @@ class Source:
     """What the tool does where its key is absent and our recipe does otherwise."""
     direct: bool = True
     """Whether `train` takes it as it is."""
+    data: bool = False
+    """Whether it says where images are and how to show them: then all its data sets count, and DATA= takes it."""
     note: str = ""
     beside: Callable[[Given, Path], tuple[Tree, dict[str, str]]] = lambda given, path: ({}, {})
     """What files beside it say, as if it were in the file, and where."""
@@ -76,6 +78,7 @@ TASKS = {
     "text-classifier": "text-classification",
     "token-classifier": "token-classification",
     "seq2seq": "seq2seq",
+    **dict.fromkeys(("sdxl-lora", "sd15-lora", "flux-lora", "z-image-lora"), "text-to-image"),
 }
 """Of the recipes that a file of another tool can mean."""
 PATHS = {"model": ("name",), "data": ("path", "validation_file", "test_file")}
@@ -98,7 +101,7 @@ def translate(source: Source, tree: Tree, lines: Lines, path: Path, place: str) 
     for key, value in source.defaults(given).items():
         if given.get(key) in (None, ""):
             _carry(made, source, given, key, value, place, f"{key} (its default)")
-    if source.name != PEFT.name and "path" not in made.tree.get("data", {}):
+    if source.name != PEFT.name and not {"path", "subsets"} & made.tree.get("data", {}).keys():
         made.notes.append("no data was carried over: without DATA=... the recipe learns its own sample")
     return made
 
@@ -106,7 +109,7 @@ def translate(source: Source, tree: Tree, lines: Lines, path: Path, place: str) 
 def _carry(made: Overrides, source: Source, given: Given, key: str, value: Any, at: str, shown: str = "") -> None:
     shown = shown or re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
     try:
-        outcome = _outcome(source, given, key, value)
+        outcome = _numbered(_outcome(source, given, key, value), key, given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{shown}: {error}", place=at) from None
     known = {name.partition("[]")[0] for name, _ in fields(RECIPES[TASKS[made.recipes[0]]])}
@@ -114,11 +117,10 @@ def _carry(made: Overrides, source: Source, given: Given, key: str, value: Any, 
         before = made.tree
         *sections, leaf = ours.split(".")
         if ours != "recipe":
-            if not (known & {ours, ".".join(sections)}):
+            if not (known & {re.sub(r"\.\d+\..*", "", ours), ".".join(sections)}):
                 outcome = Why(f"recipe {made.recipes[0]} has no {ours}")
                 break
-            for section in sections:
-                before = before.setdefault(section, {})
+            before = _below(before, sections)
             if before.get(leaf, new) != new:
                 outcome = Why(f"{ours} is already {before[leaf]}")
                 break
@@ -129,6 +131,28 @@ def _carry(made: Overrides, source: Source, given: Given, key: str, value: Any, 
         made.left[shown] = f"{shown} = {said(value)}: {outcome}"
 
 
+def _numbered(outcome: Outcome, key: str, given: Given) -> Outcome:
+    """`data.subsets[].path` with the number that the key's data set has among all of the file."""
+    if isinstance(outcome, Why) or not any("[]" in ours for ours in outcome):
+        return outcome
+    own = key.rpartition(".")[0]
+    kind = re.sub(r"\d+", "0", own)
+    alike = dict.fromkeys(name.rpartition(".")[0] for name in given)
+    number = [name for name in alike if re.sub(r"\d+", "0", name) == kind].index(own)
+    return {ours.replace("[]", f".{number}"): value for ours, value in outcome.items()}
+
+
+def _below(tree: Any, keys: list[str]) -> Any:
+    """The mapping at these keys, made where it is not there; a number is a place in a list."""
+    for key, following in zip(keys, [*keys[1:], ""], strict=True):
+        if key.isdigit():
+            tree.extend({} for _ in range(int(key) + 1 - len(tree)))
+            tree = tree[int(key)]
+        else:
+            tree = tree.setdefault(key, [] if following.isdigit() else {})
+    return tree
+
+
 def said(value: Any) -> str:
     """A value as a line of YAML has it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -137,9 +161,9 @@ def said(value: Any) -> str:
 def _outcome(source: Source, given: Given, key: str, value: Any) -> Outcome:
     if value in (None, "", {}) or value == []:
         return Why("it is empty")
-    if re.search(r"\.[1-9]\d*\.", key):
+    if re.search(r"\.[1-9]\d*\.", key) and not source.data:
         return Why("one data set a run: put the files into one folder")
-    pattern = re.sub(r"\.0(?=\.)", "[]", key)
+    pattern = re.sub(r"\.\d+(?=\.)", "[]", key)
     rule: Rule | None = None
     while rule is None and pattern:
         rule, pattern = source.rules.get(pattern), pattern.rpartition(".")[0]

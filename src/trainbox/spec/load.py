@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from trainbox.errors import ConfigError
 from trainbox.spec.axolotl import AXOLOTL
 from trainbox.spec.foreign import PATHS, PEFT, PLAIN, Overrides, translate
+from trainbox.spec.image_trainers import AI_TOOLKIT, KOHYA
 from trainbox.spec.llama_factory import FACTORY
 from trainbox.spec.recipe import RECIPES, Recipe, Section
-from trainbox.spec.tree import YAML_FAULTS, Loader, Tree, fields, merge, names_of, read_yaml, section_of
+from trainbox.spec.tree import YAML_FAULTS, Loader, Tree, fields, merge, names_of, read_tree, read_yaml, section_of
 
-SOURCES = (AXOLOTL, FACTORY, PEFT, PLAIN)
+SOURCES = (KOHYA, AI_TOOLKIT, AXOLOTL, FACTORY, PEFT, PLAIN)
 """Configurations of other tools; any other file is one of our own."""
 
 
@@ -62,11 +63,11 @@ def load_recipe(folder: Path, choices: Choices, overrides: Overrides | None = No
         of_profile = {key.removeprefix(prefix): at for key, at in origin.items() if key.startswith(prefix)}
         origin = _later(origin, of_profile)
         tree = merge(tree, profiles[choices.profile])
-    if overrides or choices.config:
-        overrides = overrides or read_config(choices.config)
-        _refuse_another_recipe(overrides, choices, tree.get("task"))
-        tree = merge(tree, _whole_sources(overrides.tree))
-        origin = _later(origin, overrides.origin)
+    files = [file for file in (choices.config, choices.data if describes(choices.data) else "") if file]
+    for laid in [overrides] if overrides else map(read_config, files):
+        _refuse_another_recipe(laid, choices, tree.get("task"))
+        tree = merge(tree, _whole_sources(laid.tree))
+        origin = _later(origin, laid.origin)
     tree = merge(tree, _named_overrides(choices))
     for setting in choices.set:
         key, value = parse_setting(setting)
@@ -82,7 +83,7 @@ def read_config(path: str) -> Overrides:
     Relative paths in it start at its folder. Raises ConfigError for any other file.
     """
     file = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for a user who is not there)
-    tree, lines = read_yaml(file, path)
+    tree, lines = read_tree(file, path)
     source = next((source for source in SOURCES if source.fits(tree)), None)
     if source and not source.direct:
         raise ConfigError(f"is {source.name}", place=path, remedy=f"translate it: make import FILE={path}")
@@ -96,11 +97,25 @@ def read_config(path: str) -> Overrides:
     return overrides
 
 
+def describes(data: str) -> bool:
+    """Whether DATA= names a file of an image trainer that says where the images are. Raises ConfigError for another."""
+    file = Path(os.path.expanduser(data))  # noqa: PTH111
+    if not data or file.suffix.lower() not in (".toml", ".yaml", ".yml") or not is_path(str(file)) or file.is_dir():
+        return False
+    tree, _ = read_tree(file, data)
+    if any(source.data and source.fits(tree) for source in SOURCES):
+        return True
+    remedy = f"data are rows or images; a configuration is named so: CONFIG={data}"
+    raise ConfigError("is neither a dataset of kohya's nor a job of ai-toolkit", place=data, remedy=remedy)
+
+
 def map_paths(tree: Tree, change: Callable[[str], str]) -> None:
     """Change what may be a path in a tree of overrides."""
     places = [(tree.get(section), name) for section, names in PATHS.items() for name in names]
     rewards = tree.get("rewards")
     places += [(reward, "file") for reward in rewards] if isinstance(rewards, list) else []
+    subsets = tree["data"].get("subsets") if isinstance(tree.get("data"), dict) else None
+    places += [(subset, "path") for subset in subsets] if isinstance(subsets, list) else []
     for section, name in places:
         if isinstance(section, dict) and isinstance(section.get(name), str):
             section[name] = change(section[name])
@@ -143,7 +158,7 @@ def _named_overrides(choices: Choices) -> Tree:
     if choices.model:
         name, revision = _split_revision(choices.model)
         over["model"] = {"name": name, "revision": revision}
-    if choices.data:
+    if choices.data and not describes(choices.data):
         name, revision = _split_revision(choices.data)
         # Absolute, so that a folder of the recipe with the same name is not taken for it.
         name = os.path.realpath(name) if is_path(name) else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -34,6 +35,48 @@ YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErro
 
 Tree = dict[str, Any]
 Lines = dict[str, int]
+
+
+def read_tree(path: Path, place: str) -> tuple[Tree, Lines]:
+    """Parse a mapping by the file's ending: TOML, else YAML or JSON; also the line of every dotted key."""
+    return _read_toml(path, place) if path.suffix.lower() == ".toml" else read_yaml(path, place)
+
+
+def _read_toml(path: Path, place: str) -> tuple[Tree, Lines]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text), _toml_lines(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not UTF-8 (byte {error.start})", place=place) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", place=place) from None
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r" \(at line (\d+).*\)", str(error))
+        at, fault = (f"{place}:{found[1]}", str(error)[: found.start()]) if found else (place, str(error))
+        raise ConfigError(f"is not TOML: {fault}", place=at) from None
+
+
+def _toml_lines(text: str) -> Lines:
+    """The parser keeps no lines: headers and keys are looked for once more, a list's tables being numbered."""
+    lines: Lines = {}
+    counts: dict[str, int] = {}
+    at = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := re.match(r"\s*(\[\[?)\s*([\w.-]+)\s*\]", line):
+            several, at = found[1] == "[[", ""
+            parts = found[2].split(".")
+            for depth, part in enumerate(parts):
+                at = f"{at}.{part}" if at else part
+                last = depth == len(parts) - 1
+                if several and last:
+                    counts[at] = counts.get(at, -1) + 1
+                if at in counts:
+                    at = f"{at}.{counts[at]}"
+            lines.setdefault(at, number)
+            counts = {name: count for name, count in counts.items() if not name.startswith(f"{at}.")}
+        elif found := re.match(r"\s*([\w-]+)\s*=", line):
+            lines[f"{at}.{found[1]}" if at else found[1]] = number
+    return lines
 
 
 def read_yaml(path: Path, place: str) -> tuple[Tree, Lines]:
