@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainbox.host import data, engine, paths, pipeline
+from trainbox.host.box import Mount
+from trainbox.spec.load import Choices, load_recipe
 from trainbox.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
 RECIPES = pipeline.recipe_names()
+DRAWING = [name for name in RECIPES if load_recipe(pipeline.recipe_folder(name), Choices(name)).task == "text-to-image"]
+"""Those that make LoRAs of diffusion models."""
 ROOT = paths.REPO
 SECRETS = {"HF_TOKEN": "hf_sentinel4711", "WANDB_API_KEY": "wandb_sentinel4711"}
 """In the environment of every command below: must turn up nowhere."""
@@ -160,6 +164,8 @@ def assert_same_run(output: Path, reference: Path) -> None:
         mine, other = read(output / folder), read(reference / folder)
         different = [name for name in {*mine, *other} if mine.get(name) != other.get(name)]
         assert different == [], different
+    drawn = [{path.name: path.read_bytes() for path in (run / "samples").glob("*")} for run in (output, reference)]
+    assert drawn[0] == drawn[1]
 
 
 def copy_checkout(root: Path) -> Path:
@@ -172,14 +178,18 @@ def copy_checkout(root: Path) -> Path:
 
 
 def inside(docker: engine.Docker, reference: Path, output: Path, script: str) -> str:
-    """What a Python script says in the very container of a run: its flags, its image; another command and output."""
+    """What a Python script says in the very container of a run: its flags, its image; another command and output.
+
+    The run itself is at /reference, read-only.
+    """
     spec = RunSpec.read(reference / "spec.json")
     output.mkdir()
     spec.write(output / "spec.json")
     _, mounts = data.check(spec.recipe, pipeline.recipe_folder(spec.choices["recipe"]))
     image, model = spec.origin["image"]["tag"], Path(spec.model.reference)
     box = pipeline.train_box(spec, image, model, mounts, output, use_gpus=False)
-    argv = docker.argv(replace(box, command=("-c", script)))
+    mounts = (*box.mounts, Mount(reference, "/reference"))
+    argv = docker.argv(replace(box, command=("-c", script), mounts=mounts))
     argv[argv.index(image) : argv.index(image)] = ["--rm", "--entrypoint", "python"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, **SECRETS})
     assert done.returncode == 0, done.stderr

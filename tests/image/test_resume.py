@@ -42,6 +42,14 @@ VARIED = (
     f"{PLAIN} model.name=random:vit augmentation.color_jitter=0.3 classification.mixup_alpha=0.2 "
     "classification.label_smoothing=0.1 training.gradient_checkpointing=true training.gradient_accumulation_steps=2"
 )
+# Nothing is cached; what varies, is trained, or is kept beside the weights does and is.
+LIVELY = (
+    f"{PLAIN} data.cache=false diffusion.train_text_encoders=true diffusion.text_encoder_learning_rate=2e-3 "
+    "diffusion.ema_decay=0.9 diffusion.noise_offset=0.05 data.shuffle_caption=true data.caption_tag_dropout_rate=0.2 "
+    "data.keep_tokens=1 data.caption_dropout_rate=0.2 training.gradient_checkpointing=true "
+    "training.gradient_accumulation_steps=2 training.dataloader_num_workers=0"
+)
+QUANTISED = f"{PLAIN} peft.method=qlora diffusion.ema_decay=0.9"
 # Nothing improves, so that the second evaluation, at step 8, is the last.
 STOPPED_EARLY = f"{PLAIN} training.early_stopping_patience=1 training.learning_rate=1e-12"
 BY_EPOCH = f"{PLAIN} training.save_strategy=epoch training.max_steps=-1 training.num_train_epochs=2"
@@ -84,8 +92,18 @@ def test_there_are_recipes() -> None:
         ("llm-qlora", UNEVEN, 1),
         ("llm-lora", PISSA, 1),
         ("image-classifier", VARIED, 1),
+        ("sdxl-lora", LIVELY, 1),
+        ("flux-lora", QUANTISED, 1),
     ],
-    ids=[*RECIPES, "packed, killed twice", "uneven, with gradient checkpointing", "PiSSA and LoRA+", "ViT, mixup"],
+    ids=[
+        *RECIPES,
+        "packed, killed twice",
+        "uneven, with gradient checkpointing",
+        "PiSSA and LoRA+",
+        "ViT, mixup",
+        "SDXL with text encoders, nothing cached",
+        "FLUX in 4 bits",
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
     recipe: str, settings: str, kills: int, straight: Callable[..., Path], moment: random.Random, tmp_path: Path

@@ -42,6 +42,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"id": 3, "sentence": "Nobody came."},
     ],
     "seq2seq": [{"id": number, "text": f"ETD {number} Hesper for Hull"} for number in range(3)],
+    "text-to-image": [{"id": 1, "prompt": "a cat"}, {"id": 2, "caption": "a dog"}],
     "image-classification": [{"id": number, "path": f"{number}/04.png", "label": "of the file"} for number in range(3)],
 }
 """Three rows for each task, with columns of their own, some named as a prediction's parts are."""
@@ -57,12 +58,14 @@ def use(verb: str, *arguments: object) -> Ended:
 def answers(folder: Path, rows: list[dict[str, Any]], tmp: Path, *more: object) -> list[dict[str, Any]]:
     """What infer says of these rows, as a file."""
     number = len(list(tmp.iterdir()))
-    source, target = tmp / f"rows-{number}.jsonl", tmp / f"answers-{number}.jsonl"
+    source, target = tmp / f"rows-{number}.jsonl", tmp / f"answers-{number}"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for image in [row["path"] for row in rows if "path" in row]:
         (tmp / image).parent.mkdir()
         shutil.copy(DIGITS / image, tmp / image)
     use("infer", f"--checkpoint={folder}", f"--input={source}", f"--output={target}", *more)
+    if target.is_dir():  # with the images that were drawn
+        target = target / "answers.jsonl"
     return [json.loads(line) for line in target.read_text().splitlines()]
 
 
@@ -104,7 +107,12 @@ def check_guesses(said: dict[str, Any], row: dict[str, Any]) -> None:
     assert all(0 < share <= 1 for words in said["guesses"] for share in words.values())
 
 
+def check_image(said: dict[str, Any], row: dict[str, Any]) -> None:
+    assert said == {"image": f"{row['id']:04d}.png"}
+
+
 CHECKS = {
+    "text-to-image": check_image,
     "text-classification": check_label,
     "token-classification": check_tags,
     "masked-lm": check_guesses,

@@ -108,7 +108,8 @@ class Encoders:
         """(batch, channels, height, width) as the denoiser sees it: the mean of the VAE's distribution, scaled."""
         mean = self.vae.encode(pixels.to(self._device, torch.float32)).latent_dist.mode()
         config = self.vae.config
-        return (mean - (config.shift_factor or 0)) * config.scaling_factor
+        # In rows: noise like them is drawn in the order of their memory.
+        return ((mean - (config.shift_factor or 0)) * config.scaling_factor).contiguous()
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def images(self, latents: torch.Tensor) -> list[Any]:
@@ -284,7 +285,7 @@ class TextToImage(Task):
 
     auto_class = adapter_type = encoder_class = None  # type: ignore[assignment]
     config_class = TrainingArguments
-    greeting = "a line is a prompt; "
+    adapter_only = True
 
     def __init__(self, spec: RunSpec) -> None:
         super().__init__(spec)
@@ -408,7 +409,16 @@ class TextToImage(Task):
         for module in modules.values():
             module.to(device)
         denoiser = modules.pop(self.family.denoiser)
+        self._keep_encoders(modules)
         return Adapted(self.family, denoiser, modules, self.dtype)
+
+    def _keep_encoders(self, trained: dict[str, Any]) -> None:
+        """Load what each step needs before the first: that draws random numbers, which a resumed run must not miss."""
+        self.encoders.drop()
+        if not self.recipe.data.cache:
+            self.encoders.vae  # noqa: B018
+        if not self._caches_texts:
+            self.encoders.pipe(trained)
 
     def _adapt(self, model: Adapted) -> Adapted:
         """Give every part an adapter."""
@@ -443,7 +453,6 @@ class TextToImage(Task):
     def trainer_arguments(self, model: Any, data: dict[str, Any]) -> dict[str, Any]:
         """The adapted model and its batches."""
         adapted = self._adapt(model)
-        self._kept(adapted)
         drawn = Drawn(
             self.family,
             self._vae_cache if self.recipe.data.cache else None,
@@ -453,13 +462,6 @@ class TextToImage(Task):
             self.recipe.diffusion.prior_loss_weight,
         )
         return {"model": adapted, "data_collator": drawn}
-
-    def _kept(self, model: Adapted) -> None:
-        """Text encoders that are trained encode the captions of each step."""
-        if model.text_encoders:
-            own = {part: model.text_encoders[part] for part in model.text_encoders}
-            self.encoders.drop()
-            self.encoders.pipe(own)
 
     def build_trainer(self, model: Any, data: dict[str, Any], interrupt: shared.Interrupt) -> Any:
         """With the moving average, and grids of samples on the way."""
@@ -512,7 +514,7 @@ class TextToImage(Task):
                 for at in range(len(prompts))
             ]  # fmt: skip
             model.train(was_training)
-        if self.recipe.data.cache and not len(model.text_encoders):
+        if self.recipe.data.cache and self._caches_texts:
             self.encoders.drop()
         path = box(BOX_OUTPUT) / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)

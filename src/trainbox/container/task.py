@@ -42,6 +42,8 @@ class Task:
     config_class: ClassVar[Any]
     """Its TrainingArguments."""
     encoder_class: ClassVar[type[Encoder]]
+    adapter_only: ClassVar[bool] = False
+    """Whether what it trains is always an adapter, in files of its own kind."""
     keeps_last: ClassVar[bool] = False
     """Whether the last step's model is saved too, as `last`, where `final` has the best one's weights."""
 

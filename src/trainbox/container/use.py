@@ -146,13 +146,15 @@ def evaluate(task: Task, folder: Path) -> None:
     adapter = read_config(folder, "adapter_config.json")
     alone: dict[str, Any] = {"load_best_model_at_end": False, "early_stopping_patience": None, "report_to": []}
     task.recipe = task.recipe.model_copy(update={"training": task.recipe.training.model_copy(update=alone)})
-    task.recipe = _as_it_is(task.recipe, adapter)
+    if not task.adapter_only:
+        task.recipe = _as_it_is(task.recipe, adapter)
     task.tokenizer = task.load_tokenizer(folder)
     data, stats = task.prepare()
     model = task.load_model(box(BOX_MODEL) if adapter else folder)
     trainer = task.build_trainer(model, {**data, "train": data["test"]}, shared.Interrupt())
     if adapter:
         base_model.begin_adapter(task.recipe, trainer.model)
+    if adapter or task.adapter_only:
         trainer._load_from_checkpoint(str(folder))
     metrics = shared.evaluate(trainer, data["test"], "test")
     outcome = {"metrics": metrics, "prepared": stats, **task.report(trainer, data)}

@@ -178,6 +178,7 @@ def evaluate(folder: Path, path: str, target: Path | None, engine_name: str, gpu
         raise ConfigError("no run of Trainbox made it", place=str(folder), remedy=remedy)
     recipe = pinned_recipe(spec)
     known = {"labels": spec.data.labels} if spec.data.labels else {}
+    known |= {"subsets": []} if hasattr(recipe.data, "subsets") else {}
     new = {"path": os.path.realpath(path) if Path(path).exists() else path, "revision": None, "validation_file": None}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={**new, "test_file": None, **known})})
     rows, mounts = data.check_for_evaluation(recipe, recipe_folder(spec.choices["recipe"]))

@@ -103,7 +103,11 @@ class CaptionReader(FewUnreadable, Reader[TextToImageRecipe]):
         }
 
     def _subset_of(self, file: Path) -> Subset:
-        root = next(root for root in self._roots if file.is_relative_to(root))
+        root = next((root for root in self._roots if file.is_relative_to(root)), None)
+        if root is None:  # held-out images, from a place of their own
+            return Subset(
+                path=str(file.parent), class_tokens=tokens[2] if (tokens := KOHYA.fullmatch(file.parent.name)) else ""
+            )
         parts = list(file.parent.relative_to(root).parts)
         if self.recipe.data.subsets:
             if parts:

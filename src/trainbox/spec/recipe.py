@@ -307,7 +307,7 @@ class CaptionedData(Data):
     """Sides of a bucket are multiples of this."""
     enable_bucket: bool = True
     """Images keep their shape, and those of like shapes share a bucket; false: all are cropped to a square."""
-    max_upscale: PositiveFloat = 2.0
+    max_upscale: PositiveFloat = 4.0
     """How much an image may be enlarged to fill its bucket; a smaller one is refused."""
     max_unreadable: NonNegativeInt = 0
     """Images that may be left out because they cannot be read; one more is an error."""
