@@ -53,7 +53,9 @@ for kind in ("pytorch_lora_weights", "lora-kohya"):
     untrained = image(pipe)
     pipe.load_lora_weights("/reference/final", weight_name=kind + ".safetensors")
     of[kind] = changes(pipe)
-    told[kind] = {"changed": float(numpy.abs(image(pipe) - untrained).max()), "modules": sorted(of[kind])}
+    drawn = image(pipe)
+    told[kind] = {"changed": float(numpy.abs(drawn - untrained).max()), "modules": sorted(of[kind])}
+    told[kind]["again"] = float(numpy.abs(image(pipe) - drawn).max())
 first, second = of.values()
 told["apart"] = max((first[name] - second[name]).abs().max().item() for name in first)
 told["largest"] = max(each.abs().max().item() for each in first.values())
@@ -73,6 +75,7 @@ def test_plain_diffusers_loads_both_formats_and_they_change_the_image_alike(
     assert ours["modules"] == kohya["modules"]
     assert any(name.startswith("text_encoder.") for name in ours["modules"]) == (recipe in SETTINGS)
     assert min(ours["changed"], kohya["changed"]) > 0.01
+    assert ours["again"] == kohya["again"] == 0  # no dropout of the training is left in it
     assert told["apart"] < 2e-3 * told["largest"]  # kohya's is in float16
 
 
@@ -274,6 +277,32 @@ def test_a_prompt_draws_an_image_and_what_cannot_be_drawn_is_told(
         ended = run("make", "infer", **given)
         assert ended.code == 2
         ended.says(*words)
+
+
+MERGED = """
+import json, numpy, torch
+from diffusers import DiffusionPipeline
+
+def image(folder, adapter=None):
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    if adapter:
+        pipe.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
+    more = {"height": 128, "width": 128, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    return pipe("a cat", **more, output_type="np").images[0]
+
+one = image("/reference/merged")
+print(json.dumps([float(numpy.abs(one - image("/model", *own)).max()) for own in ((), ("/reference/final",))]))
+"""
+
+
+def test_a_merged_model_draws_as_base_and_adapter(
+    straight: Callable[..., Path], engine: Docker, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(straight("sdxl-lora", TEXTS), tmp_path / "run"))
+    assert run("make", "merge", CHECKPOINT=str(output / "final")).code == 0
+    base, adapted = json.loads(inside(engine, output, tmp_path / "out", MERGED).splitlines()[-1])
+    assert base > 0.01
+    assert adapted < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from peft import LoraConfig
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
@@ -579,10 +580,18 @@ class TextToImage(Task):
         """The whole pipeline with the adapters of these folders."""
         emit("stage", text=f"loading {self.recipe.model.name}")
         parts = (self.family.denoiser, "vae", *TEXT_ENCODERS)
-        pipe = pipe_of(self.family, box(BOX_MODEL), parts, torch_dtype=self.dtype)
+        whole = load is base_model.load_for_merge
+        dtype = _stored_type(box(BOX_MODEL) / self.family.denoiser) if whole else self.dtype
+        pipe = pipe_of(self.family, box(BOX_MODEL), parts, torch_dtype=dtype)
         for name, folder in folders.items():
             pipe.load_lora_weights(str(folder), weight_name=lora_files.DIFFUSERS, adapter_name=name)
-        return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        return pipe.to("cuda" if torch.cuda.is_available() and not whole else "cpu")
+
+    def merged(self, model: Any) -> Any:
+        """By diffusers' way."""
+        model.fuse_lora(components=[self.family.denoiser, *self.family.text_encoders], safe_fusing=True)
+        model.unload_lora_weights()
+        return model
 
     def choose(self, model: Any, name: str) -> None:
         """By diffusers' way."""
@@ -612,6 +621,12 @@ class TextToImage(Task):
     def show(self, question: Question, said: Row) -> str:
         """The file's name."""
         return str(said["image"])
+
+
+def _stored_type(folder: Path) -> torch.dtype:
+    """The type that a part's weights have in their file."""
+    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def grid(images: list[Any]) -> Any:

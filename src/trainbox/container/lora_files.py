@@ -27,7 +27,10 @@ Parts = dict[str, Any]
 def save_diffusers(family: Family, parts: Parts, folder: Path) -> None:
     """`load_lora_weights(folder)` of a plain pipeline reads it, with rank and alpha."""
     layers = {f"{part}_lora_layers": get_peft_model_state_dict(module) for part, module in parts.items()}
-    family.pipeline.save_lora_weights(str(folder), **layers, **_collate_lora_metadata(parts))
+    metadata = _collate_lora_metadata(parts)
+    for config in metadata.values():
+        config["lora_dropout"] = 0.0  # diffusers leaves what it loads in training mode: images would come with dropout
+    family.pipeline.save_lora_weights(str(folder), **layers, **metadata)
     path = folder / DIFFUSERS
     path.write_bytes(_settled(path.read_bytes()))
 

@@ -157,6 +157,10 @@ class Task:
         """Switch to the adapter of this name."""
         model.set_adapter(adapter_name(name))
 
+    def merged(self, model: Any) -> Any:
+        """Base and adapter as one. Source: PEFT's merge_and_unload."""
+        return model.merge_and_unload(progressbar=False, safe_merge=True)
+
     def in_conversation(self, line: str, history: list[Any]) -> Question:
         """What a person typed as a question, with what was said before where that counts."""
         return typed(self.recipe, line)

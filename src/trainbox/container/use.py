@@ -178,16 +178,16 @@ def _as_it_is(recipe: Any, adapter: dict[str, Any]) -> Any:
 
 
 def merge(task: Task, folder: Path) -> None:
-    """Write adapter + base as one model. Source: PEFT's merge_and_unload."""
-    target = box(BOX_OUTPUT)
+    """Write adapter + base as one model."""
     emit("stage", text="loading base and adapter")
-    model = task.open({"default": folder}, base_model.load_for_merge)
-    model = model.merge_and_unload(progressbar=False, safe_merge=True)
+    model = task.merged(task.open({"default": folder}, base_model.load_for_merge))
     emit("stage", text="writing the merged model")
+    target = box(BOX_OUTPUT)
     model.save_pretrained(str(target))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(str(target))
-    task.tokenizer.save_pretrained(str(target))
+    if task.tokenizer is not None:
+        task.tokenizer.save_pretrained(str(target))
     share(target)
 
 

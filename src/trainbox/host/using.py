@@ -27,6 +27,8 @@ from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, BOX_SPEC, RunSpec, write_js
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 """What diffusers keeps a LoRA in."""
+DIFFUSION = "diffusion LoRA"
+"""The kind of such an adapter, where others have PEFT's name."""
 FALLBACKS = {IMAGES: "image-classifier"}
 """Whose image serves a folder that no run of ours made; for texts, that of text-classifier: it has all libraries."""
 COMBINATIONS = (
@@ -76,7 +78,7 @@ def find_trained(folder: Path) -> Trained:
     if drawing and spec is None:
         fault = "no run of Trainbox is around it, so its base model is not known"
         raise ConfigError(fault, place=str(folder), remedy="keep it beside the run's spec.json; or use plain diffusers")
-    config = {"peft_type": "diffusers"} if drawing else read_config(folder, "adapter_config.json")
+    config = {"peft_type": DIFFUSION} if drawing else read_config(folder, "adapter_config.json")
     trained = Trained(folder.resolve(), spec, config)
     if trained.base[0] == BOX_MODEL:
         remedy = "name it where its run left it, beside spec.json; or the run's final, which can be anywhere"
@@ -227,7 +229,7 @@ def _check_mergeable(trained: Trained) -> None:
     if not trained.adapter:
         remedy = "a model of which all weights were trained is whole as it is"
         raise ConfigError("is no adapter: there is nothing to merge", place=place, remedy=remedy)
-    if kind not in ("LORA", "IA3"):
+    if kind not in ("LORA", "IA3", DIFFUSION):
         fault = f"an adapter of kind {kind} is no change of the weights: it cannot be merged"
         raise ConfigError(fault, place=place, remedy="use it as it is: make infer, or plain PEFT")
 
