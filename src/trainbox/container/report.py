@@ -41,6 +41,12 @@ def hush_libraries() -> None:
 
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    modules = [logging]
+    if "diffusers" in sys.modules:
+        import diffusers
+
+        modules.append(diffusers.utils.logging)
+    for module in modules:
+        module.disable_progress_bar()
+        module.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)

@@ -474,6 +474,8 @@ VALUES = (
     | st.lists(st.dictionaries(NAMES, SCALARS, max_size=2), max_size=2)
 )
 MARKS = [
+    {"datasets": [{"subsets": [{"image_dir": "a"}]}]},
+    {"config": {"process": [{"type": "sd_trainer"}]}},
     {"base_model": "a/b"},
     {"model_name_or_path": "a/b"},
     {"peft_type": "LORA", "task_type": "CAUSAL_LM"},

@@ -55,7 +55,7 @@ def test_a_method_given_later_counts_and_a_rate_that_is_written_wins(load, task)
     assert load(text, profile="p").training.save_steps == 7
 
 
-@pytest.mark.parametrize("task", sorted(RECIPES.keys() - set(BY_METHOD)))
+@pytest.mark.parametrize("task", sorted(RECIPES.keys() - set(BY_METHOD) - {"text-to-image"}))
 def test_the_rate_of_a_language_model_does_not_depend_on_its_method(load, task):
     rates = {load(recipe(task, peft={"method": method})).training.learning_rate for method in ("full", "lora")}
     assert rates == {default_rate(RECIPES[task])}
@@ -70,13 +70,30 @@ def test_a_recipe_read_back_is_the_same(load, task):
 # --- prefix-tuning
 
 
-@pytest.mark.parametrize("task", sorted(set(ADAPTERS) - {"image-classification"}))
+@pytest.mark.parametrize("task", sorted(set(ADAPTERS) - {"image-classification", "text-to-image"}))
 def test_prefix_tuning_and_recomputed_activations_exclude_each_other(load, refuses, task):
     peft, recompute = {"method": "prefix-tuning"}, {"gradient_checkpointing": True}
     with refuses(2, "recipe.yaml", "prefix-tuning needs training.gradient_checkpointing=false"):
         load(recipe(task, peft=peft, training=recompute))
     assert load(recipe(task, peft=peft)).peft.method == "prefix-tuning"
     assert load(recipe(task, peft={"method": "adapter"}, training=recompute)).training.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"peft": {"method": "full"}}, "lora or qlora"),
+        ({"lora": {"use_dora": True}}, "lora.use_dora True"),
+        ({"lora": {"init_lora_weights": "pissa"}, "peft": {"method": "lora"}}, "pissa"),
+        ({"training": {"neftune_noise_alpha": 5}}, "neftune_noise_alpha"),
+        ({"data": {"resolution": 1000}}, "bucket_reso_steps"),
+        ({"data": {"resolution": 128}}, "outside min_bucket_reso"),
+        ({"data": {"min_bucket_reso": 4096}}, "larger than"),
+    ],
+)
+def test_what_a_diffusion_model_cannot_do_is_told(load, refuses, section, words):
+    with refuses(2, "recipe.yaml", words):
+        load(recipe("text-to-image", **section))
 
 
 def test_images_have_no_prefix_and_several_labels_no_smoothing(load, refuses):

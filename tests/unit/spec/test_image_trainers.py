@@ -1,0 +1,163 @@
+"""Configurations of kohya's tools and of ai-toolkit: every key is carried over or listed, each fault has its line."""
+
+import json
+
+import pytest
+import yaml
+
+from trainbox.host import pipeline
+from trainbox.spec.load import Choices, load_recipe, read_config
+
+TOML = """
+[general]
+shuffle_caption = true
+keep_tokens = 1
+flip_aug = false
+
+[[datasets]]
+resolution = 512
+batch_size = 4
+shuffle_caption = false
+color_aug = true
+
+  [[datasets.subsets]]
+  image_dir = "photos"
+  num_repeats = 10
+  class_tokens = "sks dog"
+
+  [[datasets.subsets]]
+  image_dir = "dogs"
+  is_reg = true
+  random_crop = true
+
+[[datasets]]
+resolution = 768
+
+  [[datasets.subsets]]
+  image_dir = "more"
+  keep_tokens = 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    for name in ("photos", "dogs", "more"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def job(**changed):
+    process = {
+        "type": "sd_trainer",
+        "trigger_word": "ohwx",
+        "network": {"type": "lora", "linear": 16, "linear_alpha": 8},
+        "save": {"save_every": 200, "max_step_saves_to_keep": 4, "dtype": "float16"},
+        "datasets": [
+            {"folder_path": "photos", "caption_ext": "txt", "resolution": [512, 768], "num_repeats": 2},
+            {"folder_path": "dogs", "is_reg": True, "shuffle_tokens": True, "caption_dropout_rate": 0.1},
+        ],
+        "train": {
+            "steps": 900, "batch_size": 2, "lr": 2e-4, "optimizer": "adamw8bit", "noise_scheduler": "flowmatch",
+            "dtype": "bf16", "gradient_checkpointing": False, "ema_config": {"use_ema": True, "ema_decay": 0.99},
+        },
+        "model": {"name_or_path": "black-forest-labs/FLUX.1-dev", "is_flux": True, "quantize": True},
+        "sample": {"prompts": ["[trigger] asleep"], "sample_every": 100, "guidance_scale": 4, "sampler": "flowmatch"},
+        **changed,
+    }  # fmt: skip
+    return {"job": "extension", "config": {"name": "mine", "process": [process]}, "meta": {"version": "1.0"}}
+
+
+def loaded(path, recipe, **more):
+    return load_recipe(pipeline.recipe_folder(recipe), Choices(recipe, data=str(path), **more))
+
+
+def test_a_subset_beats_its_data_set_which_beats_general(here):
+    (here / "set.toml").write_text(TOML)
+    found = loaded("set.toml", "sd15-lora")
+    first, second, third = found.data.subsets
+    assert (found.data.shuffle_caption, found.data.keep_tokens) == (False, 1)
+    assert (first.path, first.num_repeats, first.class_tokens) == (str(here / "photos"), 10, "sks dog")
+    assert (second.path, second.is_reg, second.keep_tokens) == (str(here / "dogs"), True, None)
+    assert (third.path, third.keep_tokens) == (str(here / "more"), 3)
+    assert (found.data.resolution, found.training.per_device_train_batch_size) == (512, 4)
+
+
+def test_what_a_data_set_has_no_counterpart_for_is_listed(here):
+    (here / "set.toml").write_text(TOML)
+    made = read_config("set.toml")
+    assert set(made.left) == {
+        "general.shuffle_caption", "datasets[0].color_aug", "datasets[0].subsets[1].random_crop",
+        "datasets[1].resolution",
+    }  # fmt: skip
+    assert "already 512" in made.left["datasets[1].resolution"]
+    assert made.recipes[0] == "sd15-lora"
+    (here / "set.toml").write_text(TOML.replace("512", "1024").replace("768", "1024"))
+    assert read_config("set.toml").recipes[0] == "sdxl-lora"
+
+
+@pytest.mark.parametrize(("sides", "one"), [("[512, 768]", 640), ('"768,768"', 768), ("640", 640)])
+def test_a_resolution_of_two_sides_becomes_the_square_of_its_area(here, sides, one):
+    (here / "set.toml").write_text(TOML.replace("resolution = 512", f"resolution = {sides}"))
+    assert loaded("set.toml", "sd15-lora").data.resolution == one
+
+
+def test_a_job_says_everything_of_a_run(here):
+    (here / "job.yaml").write_text(yaml.safe_dump(job()))
+    found, made = loaded("job.yaml", "flux-lora"), read_config("job.yaml")
+    assert (found.lora.r, found.lora.alpha, found.data.trigger_word) == (16, 8, "ohwx")
+    assert (found.training.max_steps, found.training.learning_rate, found.training.optim) == (900, 2e-4, "adamw_8bit")
+    assert (found.training.save_steps, found.training.save_total_limit, found.training.bf16) == (200, 4, True)
+    assert (found.peft.method, found.quantization.quant_type, found.diffusion.ema_decay) == ("qlora", "int8", 0.99)
+    assert (found.data.resolution, found.data.caption_extension) == ([512, 768], "txt")
+    assert (found.sample.prompts, found.sample.every, found.sample.guidance_scale) == (["[trigger] asleep"], 100, 4)
+    first, second = found.data.subsets
+    assert (first.path, first.num_repeats) == (str(here / "photos"), 2)
+    assert (second.is_reg, second.shuffle_caption, second.caption_dropout_rate) == (True, True, 0.1)
+    at = "config.process[0]"
+    assert set(made.left) == {
+        "job", "config.name", "meta.version", f"{at}.save.dtype", f"{at}.train.noise_scheduler", f"{at}.sample.sampler",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ({"is_xl": True}, "sdxl-lora"),
+        ({"arch": "zimage"}, "z-image-lora"),
+        ({"arch": "flux"}, "flux-lora"),
+        ({}, "sd15-lora"),
+    ],
+)
+def test_the_model_of_a_job_decides_the_recipe(here, model, recipe):
+    (here / "job.yaml").write_text(yaml.safe_dump(job(model={"name_or_path": "a/b", **model})))
+    assert read_config("job.yaml").recipes[0] == recipe
+
+
+def test_settings_are_laid_over_the_file(here):
+    (here / "set.toml").write_text(TOML)
+    found = loaded("set.toml", "sdxl-lora", set=("data.resolution=1024", "lora.r=8"), model="a/b")
+    assert (found.data.resolution, found.lora.r, found.model.name, len(found.data.subsets)) == (1024, 8, "a/b", 3)
+
+
+JOB = json.dumps(job())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("set.toml", TOML.replace("= 10", "= 'ten'"), ("set.toml:15", "num_repeats", "'ten'")),
+        ("set.toml", TOML.replace("keep_tokens = 3", "keep_tokens = -1"), ("set.toml:28", "keep_tokens", "-1")),
+        ("set.toml", TOML.replace("batch_size = 4", "batch_size = "), ("set.toml:9", "is not TOML")),
+        ("set.toml", TOML.replace("resolution = 512", "resolution = [1, 2, 3]"), ("set.toml:8", "one side or two")),
+        ("job.yaml", JOB.replace('"is_flux": true', '"arch": "wan21"'), ("job.yaml", "wan21 is not trained here")),
+        ("job.yaml", JOB.replace("sd_trainer", "slider"), ("job.yaml", "slider", "sd_trainer")),
+        ("job.yaml", JOB.replace('"process": [', '"process": [{"type": "x"}, '), ("job.yaml", "config.process[0].type is x")),
+        ("x.yaml", "base_model: a/b\nadapter: lora\n", ("x.yaml", "neither a dataset of kohya's", "CONFIG=x.yaml")),
+        ("x.yaml", "lora: {r: 8}\n", ("x.yaml", "CONFIG=x.yaml")),
+    ],
+)  # fmt: skip
+def test_a_fault_in_a_file_is_told_with_its_line(here, refuses, name, text, words):
+    (here / name).write_text(text)
+    with refuses(2, *words):
+        loaded(name, "flux-lora")
