@@ -32,7 +32,7 @@ check: setup ## what the data holds, checked as a training would; for images a c
 verify: setup ## recheck a run's files against its record: make verify [OUTPUT=output]
 	@$(INVOKE) verify --output "$$OUTPUT"
 
-import: setup ## translate a configuration of axolotl, LLaMA-Factory or PEFT: make import FILE=axolotl.yml [OUTPUT=mine.yaml]
+import: setup ## translate a configuration of axolotl, LLaMA-Factory, kohya, ai-toolkit or PEFT: make import FILE=axolotl.yml [OUTPUT=mine.yaml]
 	@$(INVOKE) import "$$FILE" --output "$$OUTPUT"
 
 adapters: setup ## list the adapters below a folder: make adapters [OUTPUT=output]

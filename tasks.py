@@ -191,7 +191,7 @@ def verify(c, output):
 
 @verb(name="import", positional=["file"], help={"output": "what to write; default: NAME.trainbox.yaml, here"})
 def import_(c, file, output=""):
-    """Translate a configuration of another tool (`make import` lists which) into a file for `train --config`."""
+    """Translate a configuration of another tool into a file for `train --config`."""
     from trainbox.host import importing
 
     importing.bring(Path(file), Path(output) if output else None)

@@ -215,7 +215,7 @@ def test_what_is_odd_is_a_warning(photo, recipe, tmp_path):
         (tmp_path / "data" / name).write_text("x")
     few, enlarged, cut, stray = facts(recipe(min_images=10), tmp_path).warnings
     assert "2 training images: 10 at least" in few
-    assert "2 images are smaller" in enlarged
+    assert "1 images are smaller" in enlarged
     assert "1 images are of a shape that no bucket has" in cut
     assert "2 files are neither" in stray
     assert ("notes.docx" in stray, "3.txt" in stray, "npz" in stray) == (True, True, False)

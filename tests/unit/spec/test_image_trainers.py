@@ -152,7 +152,7 @@ JOB = json.dumps(job())
         ("set.toml", TOML.replace("resolution = 512", "resolution = [1, 2, 3]"), ("set.toml:8", "one side or two")),
         ("job.yaml", JOB.replace('"is_flux": true', '"arch": "wan21"'), ("job.yaml", "wan21 is not trained here")),
         ("job.yaml", JOB.replace("sd_trainer", "slider"), ("job.yaml", "slider", "sd_trainer")),
-        ("job.yaml", JOB.replace('"process": [', '"process": [{"type": "x"}, '), ("job.yaml", "config.process[0].type is x")),
+        ("job.yaml", JOB.replace('"process": [', '"process": [{"type": "x"}, '), ("job.yaml", "more than one entry")),
         ("x.yaml", "base_model: a/b\nadapter: lora\n", ("x.yaml", "neither a dataset of kohya's", "CONFIG=x.yaml")),
         ("x.yaml", "lora: {r: 8}\n", ("x.yaml", "CONFIG=x.yaml")),
     ],

@@ -112,7 +112,7 @@ def test_prefix_tuning_and_packing_exclude_each_other(load, refuses):
 # --- how an adapter starts
 
 
-@pytest.mark.parametrize("task", sorted(set(ADAPTERS) - {"preference"}))
+@pytest.mark.parametrize("task", sorted(set(ADAPTERS) - {"preference", "text-to-image"}))
 @pytest.mark.parametrize(("start", "needed"), [("pissa", "lora"), ("loftq", "qlora")])
 def test_a_start_from_the_base_needs_its_method(load, refuses, task, start, needed):
     lora = {"init_lora_weights": start}
