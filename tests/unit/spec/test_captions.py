@@ -14,7 +14,7 @@ def photo(tmp_path):
     """Write an image of its own color below `data`, with a caption where one is given."""
     made = []
 
-    def write(name, caption=None, size=(256, 192)):
+    def write(name, caption=None, size=(320, 240)):
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         made.append(path)
