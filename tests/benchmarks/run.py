@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import classifier
+import diffusion
 import harness
 import images
 import million
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "packing": training.packing,
     "classifier": classifier.classifier,
     "images": images.images,
+    "diffusion": diffusion.diffusion,
     "harness": harness.harness,
     "million": million.million,
     "cold-build": harness.cold_build,
