@@ -154,7 +154,7 @@ def test_ctrl_c_of_make_saves_the_step_and_leaves_no_container(tmp_path: Path) -
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     output = tmp_path / "out"
     # A step of many passes, long enough for both signals.
-    slow = "training.gradient_accumulation_steps=200 training.logging_steps=1 limits.cpus=1 training.max_steps=4"
+    slow = "training.gradient_accumulation_steps=600 training.logging_steps=1 limits.cpus=1 training.max_steps=4"
     command = Command(*training("llm-lora", output, slow), output=output)
     command.wait_for_step(1)
     for _ in range(2):

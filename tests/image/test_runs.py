@@ -142,7 +142,7 @@ def test_no_secret_is_in_the_running_container_or_its_image(engine: Docker, tmp_
 
 # Afterwards, without Trainbox
 
-LOADED = [recipe for recipe in RECIPES if recipe not in DRAWING]
+BY_TRANSFORMERS = [recipe for recipe in RECIPES if recipe not in DRAWING]
 OUTSIDE = """
 import json, sys, torch, transformers
 from pathlib import Path
@@ -203,20 +203,20 @@ def merged(straight: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def outside(straight: Callable[..., Path], merged: Path) -> dict[str, dict[str, Any]]:
     """What plain transformers and PEFT say of the runs, in a process that knows nothing of Trainbox."""
-    records = {recipe: json.loads((straight(recipe) / "run.json").read_text()) for recipe in LOADED}
+    records = {recipe: json.loads((straight(recipe) / "run.json").read_text()) for recipe in BY_TRANSFORMERS}
     bases = {record["model"]["reference"] for record in records.values()}
-    mounts = {str(straight(recipe)): f"/runs/{recipe}" for recipe in LOADED}
+    mounts = {str(straight(recipe)): f"/runs/{recipe}" for recipe in BY_TRANSFORMERS}
     mounts |= {str(merged): "/merged", **{base: base for base in bases}}
     argv = ["docker", "run", "--rm", "--network=none", *[f"-v{source}:{to}:ro" for source, to in mounts.items()]]
     argv += ["--user=0", "--env=HF_HUB_OFFLINE=1", "--entrypoint=env", records["image-classifier"]["image"]["tag"]]
-    argv += ["-u", "PYTHONPATH", "python", "-c", OUTSIDE, *LOADED]
+    argv += ["-u", "PYTHONPATH", "python", "-c", OUTSIDE, *BY_TRANSFORMERS]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return told
 
 
-@pytest.mark.parametrize("recipe", LOADED)
+@pytest.mark.parametrize("recipe", BY_TRANSFORMERS)
 def test_plain_libraries_load_the_model_and_it_has_learned(recipe: str, outside: dict[str, dict[str, Any]]) -> None:
     assert outside[recipe]["learned"] > 1e-3
 
