@@ -1,6 +1,6 @@
 """What the LoRA of a diffusion model is held against, in the same image.
 
-bare_diffusion.py make /output: Stable Diffusion with a UNet of 6.5 million parameters, a VAE of 15 and a CLIP of 38 million.
+bare_diffusion.py make /output: Stable Diffusion; UNet of 6.5 million parameters, VAE of 15 million, CLIP of 38 million.
 bare_diffusion.py loop /model STEPS BATCH: steps a second from the second step on, latents and texts being in memory.
 """
 
