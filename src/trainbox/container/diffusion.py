@@ -107,7 +107,8 @@ class Encoders:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) as the denoiser sees it: the mean of the VAE's distribution, scaled."""
-        mean = self.vae.encode(pixels.to(self._device, torch.float32)).latent_dist.mode()
+        with torch.autocast(self._device, enabled=False):
+            mean = self.vae.encode(pixels.to(self._device, torch.float32)).latent_dist.mode()
         config = self.vae.config
         # In rows: noise like them is drawn in the order of their memory.
         return ((mean - (config.shift_factor or 0)) * config.scaling_factor).contiguous()

@@ -36,8 +36,11 @@ FACTS = ".trainbox.json"
 """In a cached folder, written last: which revision it is. A folder without it is not complete."""
 
 
-def check_model(model: Model) -> None:
-    """Find what is wrong with a model before anything is built; a hub's is looked up there. Raises ConfigError."""
+def check_model(model: Model, *, drawing: bool = False) -> None:
+    """Find what is wrong with a model before anything is built; a hub's is looked up there. Raises ConfigError.
+
+    `drawing` says that a diffusion model is wanted.
+    """
     name, folder = model.name, Path(model.name).expanduser()
     if name.startswith("random:"):
         return
@@ -47,17 +50,34 @@ def check_model(model: Model) -> None:
         if not model.sha256:
             raise ConfigError("is needed for a model from a package", place="model.sha256", remedy="pin its hash")
     elif folder.is_dir():
-        _check_folder(folder)
+        _check_folder(folder, drawing=drawing)
+    elif folder.is_file() and drawing:
+        remedy = "make a folder of it once: diffusers' from_single_file, then save_pretrained"
+        raise ConfigError("is a single file", place=str(folder), remedy=remedy)
     elif not HUB_NAME.fullmatch(name) or folder.exists():
         raise ConfigError(f"{name!r} is neither a folder nor a hub name", place="model.name", remedy="check MODEL=")
     else:
         _, info = _find(name, model.revision, "model", "")
         if info:
-            _model_files(name, [file.rfilename for file in info.siblings])
+            files = [file.rfilename for file in info.siblings]
+            _check_kind(name, {"config.json", PIPELINE} & set(files), drawing=drawing)
+            _model_files(name, files)
 
 
-def _check_folder(folder: Path) -> None:
-    if any((folder / name).is_file() for name in ("config.json", PIPELINE)):
+def _check_kind(place: str, files: set[str], *, drawing: bool) -> None:
+    """Text and image classifiers are one model, diffusion models several beside one another."""
+    if drawing and "config.json" in files and PIPELINE not in files:
+        remedy = "name one of diffusers' pipelines, such as stabilityai/stable-diffusion-xl-base-1.0"
+        raise ConfigError(f"is no diffusion model: it has no {PIPELINE}", place=place, remedy=remedy)
+    if not drawing and PIPELINE in files and "config.json" not in files:
+        remedy = "a diffusion model goes with the recipes sdxl-lora, sd15-lora, flux-lora, z-image-lora"
+        raise ConfigError("is a diffusion model", place=place, remedy=remedy)
+
+
+def _check_folder(folder: Path, *, drawing: bool = False) -> None:
+    found = {name for name in ("config.json", PIPELINE) if (folder / name).is_file()}
+    _check_kind(str(folder), found, drawing=drawing)
+    if found:
         return
     if (folder / "adapter_config.json").is_file():
         remedy = f"make it whole first: make merge CHECKPOINT={folder}"

@@ -21,7 +21,7 @@ from trainbox.host.image import ImageFacts
 from trainbox.host.secrets import secret
 from trainbox.host.watch import Watcher
 from trainbox.spec import checkpoint, record
-from trainbox.spec.asking import IMAGES
+from trainbox.spec.asking import IMAGES, PICTURES
 from trainbox.spec.load import Choices, load_recipe, nearest
 from trainbox.spec.recipe import RECIPES, Recipe, check_validation
 from trainbox.spec.run import BOX_CACHE, BOX_MODEL, BOX_OUTPUT, ModelSource, RunSpec, freed
@@ -36,7 +36,7 @@ def train(choices: Choices, output: Path, engine_name: str, gpus: str, *, dry: b
     """Check, build, download, train; leaves `output` with the model and its record."""
     recipe = load_recipe(recipe_folder(choices.recipe), choices)
     source, mounts = data.check(recipe, recipe_folder(choices.recipe))
-    download.check_model(recipe.model)
+    download.check_model(recipe.model, drawing=recipe.task == PICTURES)
     check_validation(recipe, has_validation="validation" in source.rows)
     if dry:
         return _show(choices, recipe, source, mounts, output, engine_name)

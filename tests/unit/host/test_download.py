@@ -307,6 +307,34 @@ def test_a_model_name_that_can_mean_nothing_is_found_at_once(model, message):
         download.check_model(model)
 
 
+def test_a_diffusion_model_and_any_other_are_told_apart(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    download.check_model(Model(name=str(tmp_path)))
+    with pytest.raises(ConfigError, match="is no diffusion model"):
+        download.check_model(Model(name=str(tmp_path)), drawing=True)
+    (tmp_path / "config.json").rename(tmp_path / "model_index.json")
+    download.check_model(Model(name=str(tmp_path)), drawing=True)
+    with pytest.raises(ConfigError, match="is a diffusion model"):
+        download.check_model(Model(name=str(tmp_path)))
+    (tmp_path / "pony.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="is a single file"):
+        download.check_model(Model(name=str(tmp_path / "pony.safetensors")), drawing=True)
+
+
+def test_a_diffusion_model_is_downloaded_in_its_parts_alone():
+    wanted = {
+        "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model.safetensors.index.json", "README.md",
+    }  # fmt: skip
+    others = {
+        "sd_xl_base_1.0.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.bin",
+        "text_encoder/model.fp16-00001-of-00002.safetensors", "vae_decoder/model.onnx",
+        "safety_checker/model.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+    }  # fmt: skip
+    assert set(download._model_files("a/b", sorted(wanted | others))) == wanted
+
+
 def test_a_folder_that_is_no_model_and_an_adapter_are_told_apart(tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.json"):
         download.check_model(Model(name=str(tmp_path)))
