@@ -16,8 +16,12 @@ from trainbox.host.engine import Docker
 
 SAMPLE = ROOT / "recipes/sd15-lora/sample"
 TEXTS = f"{PLAIN} diffusion.train_text_encoders=true"
-SETTINGS = {"sdxl-lora": TEXTS, "sd15-lora": TEXTS}
-"""Where CLIP can be trained along, it is."""
+EVERYWHERE = (
+    r"lora.target_modules='.*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|proj|net\.2|conv1|conv2|conv|conv_shortcut"
+    r"|time_emb_proj|linear_1|linear_2)|conv_in|conv_out'"
+)
+SETTINGS = {"sdxl-lora": f"{TEXTS} {EVERYWHERE}", "sd15-lora": TEXTS}
+"""Where CLIP can be trained along, it is; SDXL, whose modules are renamed, in all of them."""
 
 
 @pytest.fixture

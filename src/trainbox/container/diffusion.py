@@ -620,8 +620,8 @@ class TextToImage(Task):
         return said
 
     def show(self, question: Question, said: Row) -> str:
-        """The file's name."""
-        return str(said["image"])
+        """What it shows."""
+        return f"drawn: {question['text']}"
 
 
 def _stored_type(folder: Path) -> torch.dtype:

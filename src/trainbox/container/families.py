@@ -157,7 +157,19 @@ def original_block(module: str, layers: int) -> str:
         kind, number, rest = found.groups()
         block = 1 if kind == "attentions" else 2 * int(number)
         return f"middle_block.{block}.{rest if kind == 'attentions' else _layer(rest)}"
-    return module
+    if found := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", module):
+        return f"input_blocks.{(layers + 1) * (int(found[1]) + 1)}.0.op"
+    if found := re.match(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", module):
+        return f"output_blocks.{(layers + 1) * int(found[1]) + layers}.2.conv"
+    # diffusers' reader takes the original's names or its own, and loses some where a file has both.
+    return AROUND_BLOCKS.get(module, module)
+
+
+AROUND_BLOCKS = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
 
 
 def _layer(rest: str) -> str:
