@@ -14,7 +14,7 @@ from trainbox.errors import DataError
 from trainbox.host import download, hashes, paths, ui
 from trainbox.host.box import Mount
 from trainbox.spec import buckets, captions, dataset, formats, images, labels, pairs, preferences, reading, recipe, rows
-from trainbox.spec.asking import IMAGES
+from trainbox.spec.asking import IMAGES, PICTURES
 from trainbox.spec.dataset import Splits
 from trainbox.spec.load import nearest
 from trainbox.spec.recipe import Recipe
@@ -51,6 +51,8 @@ def _source(chosen: Recipe, splits: Splits, folder: Path, revision: str | None) 
         ui.warn(line)
     with_code = {**splits, "code": code} if code else splits
     roots = _roots(chosen, folder)
+    if chosen.task in (IMAGES, PICTURES):
+        _refuse_links(dataset.whole(chosen, with_code))
     files, mounts = _into_box(with_code, roots)
     shown = files.pop("code", [])
     if code:
@@ -115,6 +117,14 @@ def _roots(chosen: Recipe, folder: Path) -> list[Path]:
     named = [*map(Path, chosen.data.paths), *(dataset.resolve(name, folder) for name in held_out)]
     own = [path if path.is_dir() else path.parent for path in named if path.is_dir() or chosen.task == IMAGES]
     return list(dict.fromkeys(own))
+
+
+def _refuse_links(splits: Splits) -> None:
+    """Raise DataError for a linked file where its folder counts: what it leads to is in another one."""
+    link = next((path for files in splits.values() for path in files if path.is_symlink()), None)
+    if link:
+        remedy = "copy the files: cp -rL FOLDER COPY"
+        raise DataError("is a link, which leads out of the folder that the box sees", place=str(link), remedy=remedy)
 
 
 def _target(roots: list[Path], root: Path) -> str:

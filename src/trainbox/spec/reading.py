@@ -50,9 +50,15 @@ class Reader(Generic[R]):
 
     @classmethod
     def files_in(cls, folder: Path) -> list[Path]:
-        """Every data file below a folder, sorted; not a readme, nor what notebooks and version control hide."""
-        known = (file for file in folder.rglob("*") if file.suffix.lower() in cls.endings and file.is_file())
-        return sorted(file for file in known if not _is_aside(file.relative_to(folder)))
+        """Every data file below a folder, sorted; not a readme, nor what notebooks and version control hide.
+
+        Raises DataError for a link to a folder: what lies behind it would silently be left out.
+        """
+        found = [path for path in folder.rglob("*") if not _is_aside(path.relative_to(folder))]
+        if link := next((path for path in found if path.is_symlink() and path.is_dir()), None):
+            remedy = f"copy it: cp -rL, or name the folder itself: {link.resolve()}"
+            raise DataError("is a link to a folder, which is not followed", place=str(link), remedy=remedy)
+        return sorted(path for path in found if path.suffix.lower() in cls.endings and path.is_file())
 
     @classmethod
     def split_of(cls, path: Path) -> str:

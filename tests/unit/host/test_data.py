@@ -1,11 +1,12 @@
 import json
 
 import pytest
+from PIL import Image
 
 from trainbox.errors import DataError
 from trainbox.host import data
 from trainbox.spec.load import Choices, load_recipe
-from trainbox.spec.recipe import GrpoRecipe, SftRecipe, TextClassifierRecipe, TokenClassifierRecipe
+from trainbox.spec.recipe import GrpoRecipe, SftRecipe, TextClassifierRecipe, TextToImageRecipe, TokenClassifierRecipe
 
 ROW = {"instruction": "Who?", "output": "Me."}
 
@@ -240,3 +241,26 @@ def test_a_users_file_that_is_not_there_is_refused(rewarded, tmp_path):
     (tmp_path / "my/reward.py").mkdir(parents=True)
     with pytest.raises(DataError, match=r"my/reward\.py: is not a file"):
         rewarded(None)
+
+
+@pytest.mark.parametrize("linked", ["a.png", "a.txt"])
+def test_a_linked_image_or_caption_is_told_since_its_folder_counts(linked, tmp_path):
+    folder = tmp_path / "data/10_dog"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (256, 256)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a dog")
+    (folder / linked).rename(tmp_path / linked)
+    (folder / linked).symlink_to(tmp_path / linked)
+    chosen = TextToImageRecipe(data={"path": str(tmp_path / "data"), "resolution": 256})
+    with pytest.raises(DataError, match="is a link") as caught:
+        data.check(chosen, tmp_path)
+    assert caught.value.place == str(folder / linked)
+
+
+def test_a_link_to_a_folder_is_told_rather_than_left_out(tmp_path):
+    write(tmp_path / "d/train.jsonl", ROW)
+    write(tmp_path / "more/validation.jsonl", ROW)
+    (tmp_path / "d/more").symlink_to(tmp_path / "more")
+    with pytest.raises(DataError, match="is a link to a folder") as caught:
+        data.check(recipe(tmp_path / "d"), tmp_path)
+    assert caught.value.place == str(tmp_path / "d/more")
