@@ -75,14 +75,20 @@ class CaptionReader(FewUnreadable, Reader[TextToImageRecipe]):
     def _check_stems(self, files: list[Path]) -> None:
         stems: dict[Path, Path] = {}
         for file in files:
-            other = stems.setdefault(file.with_suffix(""), file)
-            if other != file:
+            other = stems.get(file.with_suffix(""))
+            stems[file.with_suffix("")] = file
+            if other == file and self.recipe.data.subsets:
+                remedy = "name each folder once, none inside another; num_repeats shows it more often"
+                remedy += ", several data.resolution at several sizes"
+                raise DataError("lies in the folders of two subsets", place=str(file), remedy=remedy)
+            if other and other != file:
                 fault = f"{other.name} has the same name but for its ending: both would have one caption"
                 raise DataError(fault, place=str(file), remedy="rename or remove one of them")
         plain = next((file for file in files if file.parent in self._roots), None)
         if plain and not self.recipe.data.subsets:
-            folder = next((file.parent for file in files if KOHYA.fullmatch(file.parent.name)), None)
-            if folder and not any(part.lower() in REGULARIZATION for part in folder.parts):
+            below = [file.parent.relative_to(plain.parent) for file in files if file.is_relative_to(plain.parent)]
+            folder = next((path for path in below if path.parts and KOHYA.fullmatch(path.parts[0])), None)
+            if folder:
                 fault = f"lies beside the folder {folder.name}, which has repeats; it has none"
                 raise DataError(fault, place=str(plain), remedy="move it into a folder like 1_photo")
 
@@ -124,10 +130,11 @@ class CaptionReader(FewUnreadable, Reader[TextToImageRecipe]):
         found = KOHYA.fullmatch(parts[-1])
         if len(parts) > 1 or not found or int(found[1]) < 1:
             fault = "its name does not begin with how often its images are repeated"
+            name = re.sub(r"^\d*_?", "", parts[-1]) or "photo"
+            remedy = f"rename it: 10_{name} (10 repeats, captions {name!r} where there are none)"
             if len(parts) > 1:
                 fault = "images lie deeper than <repeats>_<class tokens>/"
-            name = re.sub(r"^\d*_?", "", parts[-1])
-            remedy = f"rename it: 10_{name} (10 repeats, captions {name!r} where there are none)"
+                remedy = f"move it up: {file.parents[len(parts)] / (found[0] if found else f'10_{name}')}"
             raise DataError(fault, place=str(file.parent), remedy=remedy)
         return Subset(path=str(file.parent), num_repeats=int(found[1]), class_tokens=found[2], is_reg=is_reg)
 
@@ -141,22 +148,26 @@ class CaptionReader(FewUnreadable, Reader[TextToImageRecipe]):
         text = " ".join(_decoded(path).split()) if path else ""
         text = text or subset.class_tokens
         word = data.trigger_word
-        if "[trigger]" in text and not word:
-            remedy = 'name it: SET="data.trigger_word=..."'
-            raise DataError("has [trigger], but there is no trigger word", place=str(path or file), remedy=remedy)
-        text = text.replace("[trigger]", word)
-        if word and word not in text and not subset.is_reg:
-            text = ", ".join(filter(None, [word, text]))
-        if not text:
-            ending = data.caption_extension or CAPTIONS[0]
-            remedy = f"write {file.with_suffix(ending).name}, or put it into a folder like 10_photo"
-            raise DataError("has no caption, and its folder no class tokens", place=str(file), remedy=remedy)
         prefix, suffix = (
             own if own is not None else common
             for own, common in ((subset.caption_prefix, data.caption_prefix),
                                 (subset.caption_suffix, data.caption_suffix))
         )  # fmt: skip
-        return " ".join(filter(None, [prefix.strip(), text, suffix.strip()]))
+        if "[trigger]" in prefix + text + suffix and not word:
+            remedy = 'name it: SET="data.trigger_word=..."'
+            raise DataError("has [trigger], but there is no trigger word", place=str(path or file), remedy=remedy)
+        prefix, text, suffix = (part.strip().replace("[trigger]", word) for part in (prefix, text, suffix))
+        if word and not subset.is_reg and not (text and word in f"{prefix} {text} {suffix}"):
+            text = ", ".join(filter(None, [word, text]))
+        if not text:
+            ending = data.caption_extension or CAPTIONS[0]
+            remedy = f"write {file.with_suffix(ending).name}, or put it into a folder like 10_photo"
+            if file.parent in self._roots and KOHYA.fullmatch(file.parent.name):
+                remedy = f"write {file.with_suffix(ending).name}, or name the folder around it: {file.parent.parent}"
+            if data.subsets:
+                remedy = f"write {file.with_suffix(ending).name}, or give its subset class_tokens"
+            raise DataError("has no caption, and its folder no class tokens", place=str(file), remedy=remedy)
+        return " ".join(filter(None, [prefix, text, suffix]))
 
     # What must hold among them
 
@@ -195,7 +206,8 @@ class CaptionReader(FewUnreadable, Reader[TextToImageRecipe]):
         """Something to learn; with what is odd. Raises DataError where all images are of the class."""
         train = self._counts["train"]
         if self._counts["reg"] and not train:
-            raise DataError("only regularization images are here", place=self.recipe.data.path)
+            remedy = "add images of what is to be learned, in a folder like 10_photo"
+            raise DataError("only regularization images are here", place=self.recipe.data.path, remedy=remedy)
         lines = list(super().finish().warnings)
         least = self.recipe.data.min_images
         if train < least:
@@ -225,7 +237,7 @@ def _digest(path: str) -> str:
 
 def _decoded(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         remedy = f"save it as UTF-8: iconv -f latin1 -t utf-8 {path.name}"
         raise DataError(f"is not UTF-8 (byte {error.start + 1})", place=str(path), remedy=remedy) from None

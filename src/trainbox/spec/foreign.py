@@ -110,7 +110,7 @@ def _carry(made: Overrides, source: Source, given: Given, key: str, value: Any, 
     shown = shown or re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
     try:
         outcome = _numbered(_outcome(source, given, key, value), key, given)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ConfigError(f"{shown}: {error}", place=at) from None
     known = {name.partition("[]")[0] for name, _ in fields(RECIPES[TASKS[made.recipes[0]]])}
     for ours, new in ({} if isinstance(outcome, Why) else outcome).items():
@@ -125,7 +125,8 @@ def _carry(made: Overrides, source: Source, given: Given, key: str, value: Any, 
                 outcome = Why(f"{ours} is already {before[leaf]}")
                 break
             before[leaf] = new
-            made.origin |= {ours: at} | {section: at for section in sections[:1] if section not in made.origin}
+            above = [".".join(sections[:n]) for n, name in enumerate(sections, 1) if n == 1 or name.isdigit()]
+            made.origin |= {ours: at} | {section: at for section in above if section not in made.origin}
         made.carried.append((shown, ours, new if ours != "recipe" else made.recipes[0]))
     if isinstance(outcome, Why):
         made.left[shown] = f"{shown} = {said(value)}: {outcome}"

@@ -40,7 +40,9 @@ def _unless_closer(rule: Rule, name: str) -> Rule:
     def carry(value: Any, given: Given) -> Outcome:
         if any(key.startswith("datasets.") and key.count(".") == 2 and key.endswith(f".{name}") for key in given):
             return Why("a data set says otherwise")
-        return {rule: value} if isinstance(rule, str) and not isinstance(rule, Why) else rule(value, given)  # type: ignore[operator]
+        if isinstance(rule, Why):
+            return rule
+        return {rule: value} if isinstance(rule, str) else rule(value, given)
 
     return carry
 

@@ -254,7 +254,7 @@ def _explain_first(error: ValidationError, cls: type[Recipe], origin: Mapping[st
         dotted = dotted.rpartition(".")[0]  # the loc went on into a union's member or a mapping's key
     exact = ".".join(str(part) for part in first["loc"])  # with the place in a list of sections
     candidates = [key for key in origin if key in (exact, dotted, *_aliases_of(dotted, cls))]
-    key = candidates[-1] if candidates else exact if re.match(r"\w+\.\d+\.", exact) else dotted
+    key = candidates[-1] if candidates else exact if re.search(r"\.\d+\.", exact) else dotted
     dotted = _shown(dotted, cls)
     while key and key not in origin and "." in key:
         key = key.rpartition(".")[0]

@@ -44,7 +44,7 @@ def read_tree(path: Path, place: str) -> tuple[Tree, Lines]:
 
 def _read_toml(path: Path, place: str) -> tuple[Tree, Lines]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
         return tomllib.loads(text), _toml_lines(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not UTF-8 (byte {error.start})", place=place) from None

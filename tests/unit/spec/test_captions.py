@@ -94,6 +94,42 @@ def test_the_trigger_word_stands_in_every_caption_but_those_of_the_class(photo, 
     ]  # fmt: skip
 
 
+def test_a_trigger_in_a_prefix_is_the_word_and_not_put_in_front_again(photo, recipe, refuses, tmp_path):
+    photo("1.png", "one")
+    parts = {"caption_prefix": "by [trigger],", "caption_suffix": ", [trigger]"}
+    assert told(recipe(trigger_word="ohwx", **parts), tmp_path)[0][0] == "by ohwx, one , ohwx"
+    with refuses(3, "1.txt", "no trigger word"):
+        facts(recipe(**parts), tmp_path)
+
+
+def test_the_trigger_word_alone_is_a_caption(photo, recipe, tmp_path):
+    photo("1.png")
+    assert told(recipe(trigger_word="ohwx", caption_prefix="photo of"), tmp_path)[0][0] == "photo of ohwx"
+
+
+def test_a_folder_named_like_one_with_repeats_may_be_the_whole(photo, recipe, refuses, tmp_path):
+    photo("10_dog/1.png", "one")
+    chosen = recipe(path=str(tmp_path / "data/10_dog"))
+    assert told(chosen, tmp_path) == [("one", 1, False)]
+    photo("10_dog/2.png")
+    with refuses(3, "2.png", f"name the folder around it: {tmp_path / 'data'}"):
+        facts(chosen, tmp_path)
+
+
+def test_validation_has_folders_with_class_tokens_too_and_images_of_the_class(photo, recipe, tmp_path):
+    photo("1_dog/1.png")
+    photo("validation/5_cat/2.png")
+    photo("validation/reg/3.png", "a pet")
+    found = examples(recipe(), tmp_path, "validation")
+    assert [(each["caption"], each["is_reg"]) for each in found] == [("cat", False), ("a pet", True)]
+
+
+def test_images_of_the_class_may_have_folders_beside_plain_images(photo, recipe, tmp_path):
+    photo("1.png", "one")
+    photo("reg/2_dog/2.png")
+    assert told(recipe(), tmp_path) == [("one", 1, False), ("dog", 2, True)]
+
+
 def test_a_subset_says_otherwise_than_the_data(photo, recipe, tmp_path):
     photo("a/1.png", "one, two")
     photo("b/1.png")
@@ -154,6 +190,12 @@ def latin(photo):
     return caption
 
 
+def latin_with_a_mark(photo):
+    caption = photo("1.png").with_suffix(".txt")
+    caption.write_bytes(b"\xef\xbb\xbfcaf\xe9")
+    return caption
+
+
 def broken(photo):
     path = photo("1.png", "one")
     path.write_bytes(path.read_bytes()[:60])
@@ -167,8 +209,11 @@ def beside(photo):
 
 FAULTS = {
     "a folder without a number": (lambda photo: photo("sks dog/1.png").parent, "10_sks dog"),
+    "a folder with a number alone": (lambda photo: photo("10_/1.png").parent, "rename it: 10_photo"),
+    "a class without a number": (lambda photo: photo("reg/dog/1.png").parent, "10_dog"),
     "no repeats at all": (lambda photo: photo("0_dog/1.png").parent, "how often"),
-    "a folder too deep": (lambda photo: photo("10_dog/more/1.png").parent, "deeper"),
+    "a folder too deep": (lambda photo: photo("10_dog/more/1.png").parent, "data/10_more"),
+    "a folder with repeats too deep": (lambda photo: photo("all/10_dog/1.png").parent, "data/10_dog"),
     "images beside folders": (beside, "10_dog"),
     "no caption": (lambda photo: photo("1.png"), "has no caption"),
     "a trigger that is not named": (lambda photo: photo("1.png", "a [trigger]").with_suffix(".txt"), "trigger_word"),
@@ -177,20 +222,54 @@ FAULTS = {
     "there twice": (twice, "same image as"),
     "two of one name": (two_names, "1.jpg"),
     "not UTF-8": (latin, "byte 4"),
+    "not UTF-8, with a mark that it is": (latin_with_a_mark, "byte 7"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_told_with_its_path(fault, photo, recipe, refuses, tmp_path):
     make, words = FAULTS[fault]
-    with refuses(3, f"{make(photo)}: ", words):
+    with refuses(3, f"{make(photo)}: ", words, "\n  "):
         facts(recipe(), tmp_path)
 
 
 def test_images_of_the_class_alone_teach_nothing(photo, recipe, refuses, tmp_path):
     photo("reg/1_dog/1.png")
-    with refuses(3, "only regularization images"):
+    with refuses(3, str(tmp_path / "data"), "only regularization images", "\n  add images"):
         facts(recipe(), tmp_path)
+
+
+def test_images_beside_folders_are_told_wherever_the_data_lie(photo, recipe, refuses, tmp_path):
+    photo("reg/x/10_dog/1.png")
+    plain = photo("reg/x/2.png", "two")
+    with refuses(3, str(plain), "10_dog"):
+        facts(recipe(path=str(tmp_path / "data/reg/x")), tmp_path)
+
+
+@pytest.mark.parametrize("folders", [("a", "a"), ("a", "a/more"), ("a/more", "a")])
+def test_an_image_is_of_one_subset(folders, photo, recipe, refuses, tmp_path):
+    photo("a/more/1.png", "one")
+    subsets = [Subset(path=f"data/{folder}") for folder in folders]
+    with refuses(3, "1.png", "lies in the folders of two subsets", "name each folder once"):
+        facts(recipe(subsets=subsets), tmp_path)
+
+
+def test_a_subset_without_captions_needs_class_tokens(photo, recipe, refuses, tmp_path):
+    image = photo("a/1.png")
+    with refuses(3, str(image), "class_tokens"):
+        facts(recipe(subsets=[Subset(path="data/a")]), tmp_path)
+
+
+def test_the_same_image_is_told_where_it_is_held_out_or_of_the_class(photo, recipe, refuses, tmp_path):
+    first = photo("1.png", "one")
+    for folder in ("validation", "reg"):
+        again = tmp_path / "data" / folder / "2.png"
+        again.parent.mkdir()
+        shutil.copy(first, again)
+        again.with_suffix(".txt").write_text("two")
+        with refuses(3, f"{again}: is the same image as {first}"):
+            facts(recipe(), tmp_path)
+        shutil.rmtree(again.parent)
 
 
 def test_a_subset_is_one_folder(photo, recipe, refuses, tmp_path):

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from trainbox.host import pipeline
+from trainbox.spec.foreign import Why
+from trainbox.spec.image_trainers import AI_TOOLKIT, KOHYA
 from trainbox.spec.load import Choices, load_recipe, read_config
 
 TOML = """
@@ -134,6 +136,59 @@ def test_the_model_of_a_job_decides_the_recipe(here, model, recipe):
     assert read_config("job.yaml").recipes[0] == recipe
 
 
+def put(tree, key, value):
+    head, _, rest = key.partition(".")
+    name = head.removesuffix("[]")
+    if rest:
+        below = tree.setdefault(name, [{}] if name != head else {})
+        put(below[0] if name != head else below, rest, value)
+    else:
+        tree[name] = value
+
+
+VALUES = {
+    "type": "lora", "lr_scheduler": "cosine", "timestep_type": "sigmoid", "optimizer": "adamw8bit", "resolution": 512,
+    "caption_extension": ".txt", "caption_ext": "txt", "prompts": ["a dog"], "trigger_word": "ohwx", "lr": 1e-4,
+    "class_tokens": "dog", "default_caption": "dog", "caption_prefix": "a", "caption_suffix": "b", "neg": "bad",
+    "width": 512, "height": 512, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
+    "weight_decay": 0.1, "noise_offset": 0.1, "ema_decay": 0.9, "caption_dropout_rate": 0.1, "dtype": "bf16",
+    "caption_tag_dropout_rate": 0.1, "token_dropout_rate": 0.1, "name_or_path": "a/b", "image_dir": "photos",
+    "folder_path": "photos", "metadata_file": "x.json", "arch": "flux",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"), [(source, rule) for source in (KOHYA, AI_TOOLKIT) for rule in source.rules]
+)
+def test_every_key_that_is_documented_is_carried_over_or_listed_and_what_it_becomes_is_valid(here, source, rule):
+    process = {"type": "sd_trainer", "datasets": [{"folder_path": "photos"}]}
+    tree = {"config": {"process": [process]}} if source is AI_TOOLKIT else {
+        "datasets": [{"subsets": [{"image_dir": "photos"}]}]
+    }  # fmt: skip
+    if not rule.endswith("process[].type"):
+        put(tree, rule, VALUES.get(rule.rpartition(".")[2], 1))
+    (here / "x.yaml").write_text(yaml.safe_dump(tree))
+    made = read_config("x.yaml")
+    shown = rule.replace("[]", "[0]")
+    assert (shown in made.left) == isinstance(source.rules[rule.replace("general.", "datasets[].")], Why)
+    assert (shown in made.left) != (shown in [theirs for theirs, _, _ in made.carried])
+    loaded("x.yaml", made.recipes[0])
+
+
+def test_a_folder_is_looked_for_from_the_file_on_and_a_home_is_one(here, monkeypatch):
+    (here / "more/set.toml").write_text(TOML.replace('"photos"', '"../photos"').replace('"dogs"', '"~/dogs"'))
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.chdir("/")
+    first, second, third = loaded(here / "more/set.toml", "sd15-lora").data.subsets
+    assert (first.path, second.path, third.path) == (str(here / "photos"), str(here / "dogs"), "more")
+
+
+@pytest.mark.parametrize("change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
+def test_a_file_written_on_windows_is_read_too(here, change):
+    (here / "set.toml").write_bytes(change(TOML).encode())
+    assert len(loaded("set.toml", "sd15-lora").data.subsets) == 3
+
+
 def test_settings_are_laid_over_the_file(here):
     (here / "set.toml").write_text(TOML)
     found = loaded("set.toml", "sdxl-lora", set=("data.resolution=1024", "lora.r=8"), model="a/b")
@@ -150,6 +205,12 @@ JOB = json.dumps(job())
         ("set.toml", TOML.replace("keep_tokens = 3", "keep_tokens = -1"), ("set.toml:28", "keep_tokens", "-1")),
         ("set.toml", TOML.replace("batch_size = 4", "batch_size = "), ("set.toml:9", "is not TOML")),
         ("set.toml", TOML.replace("resolution = 512", "resolution = [1, 2, 3]"), ("set.toml:8", "one side or two")),
+        ("set.toml", TOML.replace("resolution = 512", "resolution = inf"), ("set.toml:8", "datasets[0].resolution")),
+        ("set.toml", TOML.replace('image_dir = "more"', ""), ("set.toml:28", "path: field required")),
+        ("set.toml", TOML.replace("keep_tokens = 3", 'image_dir = "x"'), ("set.toml:28", "is not TOML")),
+        ("set.toml", 'title = "mine"\n', ("set.toml", "neither a dataset of kohya's", "CONFIG=set.toml")),
+        ("set.toml", "# \N{CYRILLIC SMALL LETTER ZHE}\n".encode("cp1251"), ("set.toml", "is not UTF-8 (byte 2)")),
+        ("job.yaml", yaml.safe_dump(job(train={"lr": "many"})), ("job.yaml:", "training.learning_rate", "'many'")),
         ("job.yaml", JOB.replace('"is_flux": true', '"arch": "wan21"'), ("job.yaml", "wan21 is not trained here")),
         ("job.yaml", JOB.replace("sd_trainer", "slider"), ("job.yaml", "slider", "sd_trainer")),
         ("job.yaml", JOB.replace('"process": [', '"process": [{"type": "x"}, '), ("job.yaml", "more than one entry")),
@@ -158,6 +219,6 @@ JOB = json.dumps(job())
     ],
 )  # fmt: skip
 def test_a_fault_in_a_file_is_told_with_its_line(here, refuses, name, text, words):
-    (here / name).write_text(text)
+    (here / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with refuses(2, *words):
         loaded(name, "flux-lora")
