@@ -13,10 +13,10 @@ from trainbox.host import paths, pipeline, rundir
 from trainbox.host.box import Box, Mount
 
 RECIPE = "sd15-lora"
-STEPS, BATCH = 24, 4
+STEPS, EVERY, BATCH = 24, 8, 4
 SETTINGS = [
     f"training.max_steps={STEPS}", f"training.per_device_train_batch_size={BATCH}", "training.save_strategy=no",
-    "training.gradient_checkpointing=false", "training.logging_steps=1", "training.dataloader_num_workers=0",
+    "training.gradient_checkpointing=false", f"training.logging_steps={EVERY}", "training.dataloader_num_workers=0",
     "data.resolution=256", "data.caption_dropout_rate=0", "diffusion.min_snr_gamma=null", "sample.prompts=[]",
     "lora.r=8", "lora.alpha=8",
 ]  # fmt: skip
@@ -88,7 +88,7 @@ def _logged(run: Measured) -> list[float]:
 
 def _speed(run: Measured) -> float:
     logged = _logged(run)
-    return (len(logged) - 1) / (logged[-1] - logged[0])
+    return (len(logged) - 1) * EVERY / (logged[-1] - logged[0])
 
 
 def _start(run: Measured) -> float:
