@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,6 +114,8 @@ def resume(c, checkpoint="", output="", set="", engine="", gpus="", force=""):
     help={
         "prompt": "the question; without it and input: a chat",
         "input": "a file of rows; the answers go to output",
+        "batch-size": "rows of the file that are answered at a time",
+        "max-new-tokens": "the longest answer; default: the recipe's",
         "adapter": "name=path, several over one base; a row's column `adapter` chooses",
     },
 )
@@ -194,6 +197,8 @@ def import_(c, file, output=""):
     """Translate a configuration of another tool into a file for `train --config`."""
     from trainbox.host import importing
 
+    if not file:
+        raise ConfigError("is needed", place="FILE", remedy="make import FILE=axolotl.yml")
     importing.bring(Path(file), Path(output) if output else None)
 
 
@@ -205,6 +210,23 @@ def adapters(c, output="output"):
     listing.show(Path(output or "output"))
 
 
+@verb(
+    help={
+        "kind": "classification, generation, fine-tuning, peft, image-lora, custom",
+        "name": "of the folder, and of the project",
+        "model": "a hub name, a folder, or random:TYPE",
+        "arg": "number of classes, type, task, method, profile",
+        "config": "a file whose values it begins with, e.g. classification-config.yaml",
+        "output": "the folder to make it in; default: here",
+    }
+)
+def new(c, kind="", name="", model="", arg="", config="", output=""):
+    """Start a project: invoke new KIND NAME [MODEL] [ARG]; asks for what is missing on a terminal."""
+    from trainbox.host import starting
+
+    starting.start(kind, name, model, arg, config, Path(output))
+
+
 @verb(help={"output": "where the contact sheet of images goes; default: contact-sheet.png"})
 def check(c, recipe="", profile="", data="", config="", set="", output=""):
     """Check data as a training would, and print what it holds; for images with a contact sheet."""
@@ -214,6 +236,128 @@ def check(c, recipe="", profile="", data="", config="", set="", output=""):
     asked = Choices(recipe, profile, "", data, split_settings(set), config)
     asked = importing.choose(asked)
     checking.check(replace(asked, recipe=asked.recipe or pipeline.DEMO.recipe), Path(output) if output else None)
+
+
+@verb(help={"config": "the file whose folder's gpu.jsonc counts too"})
+def doctor(c, recipe="", config=""):
+    """Tell what this machine can do, and which fields of gpu.jsonc are left to GPU CLI."""
+    from trainbox.host import doctoring
+    from trainbox.spec.load import Choices
+
+    doctoring.doctor(Choices(recipe or "llm-qlora", config=config))
+
+
+@verb(
+    name="gpu-config", positional=["recipe"], help={"output": "default: the recipe's folder; elsewhere gpu.jsonc, here"}
+)
+def gpu_config(c, recipe, model="", config="", output="", overwrite=""):
+    """Write a gpu.jsonc for a recipe, so that `gpu run make train ...` works."""
+    from trainbox.host import gpu_config, importing, pipeline
+    from trainbox.spec.load import Choices, load_recipe
+
+    asked = importing.choose(Choices(recipe, model=model, config=config))
+    folder = pipeline.recipe_folder(asked.recipe)
+    load_recipe(folder, asked)
+    # The checkout's own is for all recipes.
+    target = Path(output) if output else (folder if Path.cwd() == ROOT else Path()) / "gpu.jsonc"
+    gpu_config.write(asked, target, overwrite=yes(overwrite))
+
+
+@verb(
+    help={
+        "cloud": "runpod, aws, gcp, lambda, kubernetes, slurm ...; with a region: aws/us-east-1",
+        "gpu": 'e.g. "2x A100 80GB", or none for a CPU; default: gpu_types of gpu.jsonc',
+        "gpus": "how many of them: a number, or none",
+        "spot": "a machine that may be taken back, for less",
+        "registry": "push the image there first; default: where it was pushed last",
+        "as": "only write it down: sky, or another form",
+        "outputs": "a bucket (s3://, gs://) or SkyPilot volume that is /output and outlives the machine",
+        "dry": "print the task, contact nobody",
+        "force": "go on although the plan says that GPU or budget will not do",
+    },
+)
+def launch(
+    c,
+    recipe="",
+    profile="",
+    model="",
+    data="",
+    config="",
+    output="output",
+    set="",
+    engine="",
+    cloud="",
+    gpu="",
+    gpus="auto",
+    spot="",
+    registry="",
+    as_="",
+    outputs="",
+    dry="",
+    overwrite="",
+    force="",
+):
+    """Run a recipe on a rented machine, checked before anything is spent."""
+    from trainbox.host import importing, launching, pipeline
+    from trainbox.spec.load import Choices, split_settings
+
+    asked = importing.choose(Choices(recipe, profile, model, data, split_settings(set), config))
+    if not (recipe or profile or model or data or config):
+        asked = replace(pipeline.DEMO, set=asked.set)
+    wish = launching.Wish(cloud, gpu, yes(spot), registry, as_, outputs, engine or "auto", gpus or "auto")
+    asked = replace(asked, recipe=asked.recipe or pipeline.DEMO.recipe)
+    folder = Path(output or "output")
+    launching.launch(asked, folder, wish, dry=yes(dry), overwrite=yes(overwrite), force=yes(force))
+
+
+@verb(help={"output": "the folder of the launch; default: output"})
+def status(c, output=""):
+    """How a launched run is."""
+    from trainbox.host import launching
+
+    launching.status(Path(output or "output"))
+
+
+@verb(help={"output": "the folder of the launch; default: output"})
+def logs(c, output=""):
+    """What a launched run says, to its end."""
+    from trainbox.host import launching
+
+    launching.logs(Path(output or "output"))
+
+
+@verb(help={"output": "the folder of the launch; default: output"})
+def fetch(c, output=""):
+    """Bring a launched run's outputs here; once it is over and they are as recorded, let its machine go."""
+    from trainbox.host import launching
+
+    launching.fetch(Path(output or "output"))
+
+
+@verb(help={"output": "the folder of the launch; default: output", "force": "do not fetch first"})
+def stop(c, output="", force=""):
+    """End a launched run: saved, fetched, checked, and its machine let go."""
+    from trainbox.host import launching
+
+    launching.stop(Path(output or "output"), force=yes(force))
+
+
+@verb(help={"gpu": 'e.g. "A100 80GB", "2x RTX 4090"; default: the first of gpu.jsonc'})
+def plan(c, recipe="", profile="", model="", data="", config="", set="", gpu="", engine=""):
+    """Print what a run will need, how long it takes and what it costs."""
+    from trainbox.host import importing, pipeline, planning
+    from trainbox.spec.load import Choices, split_settings
+
+    asked = importing.choose(Choices(recipe, profile, model, data, split_settings(set), config))
+    planning.plan(replace(asked, recipe=asked.recipe or pipeline.DEMO.recipe), gpu, engine or "auto")
+
+
+@verb(help={"folder": "SkyPilot's catalogues; default: ~/.sky/catalogs"})
+def prices(c, folder=""):
+    """Refresh the prices of GPUs from SkyPilot's catalogues on this machine."""
+    from trainbox.host import prices as kept
+
+    kept.refresh(Path(folder) if folder else None)
 
 
 @verb(positional=["section"], help={"section": "e.g. lora, training.learning_rate; without: everything"})
@@ -234,10 +378,37 @@ def schema(c):
 
 @verb()
 def build(c, recipe="", engine=""):
-    """Build the images, of one recipe or all."""
+    """Build the images, of some recipes or all."""
     from trainbox.host import pipeline
 
-    pipeline.build([recipe] if recipe else pipeline.recipe_names(), engine or "auto")
+    pipeline.build(pipeline.wanted_recipes(recipe), engine or "auto")
+
+
+@verb(help={"recipe": "names, or all (the default)", "registry": "host[:port]/prefix"})
+def push(c, recipe="", registry=""):
+    """Push images to a registry by content tag, with the login that Docker has for it."""
+    from trainbox.host import pipeline
+    from trainbox.host import registry as registries
+
+    registries.push(pipeline.wanted_recipes(recipe), registry)
+
+
+@verb(
+    help={
+        "recipe": "names, or all (the default)",
+        "registry": "host[:port]/prefix",
+        "image": "registry/repository@sha256:..., in place of the two",
+    }
+)
+def pull(c, recipe="", registry="", image=""):
+    """Get images back from a registry by digest, so that this machine need not build them."""
+    from trainbox.host import pipeline
+    from trainbox.host import registry as registries
+
+    if image:
+        registries.pull_image(image)
+    else:
+        registries.pull(pipeline.wanted_recipes(recipe), registry)
 
 
 @verb()
@@ -293,6 +464,19 @@ def _python(*arguments: str) -> None:
         sys.exit(code)
 
 
+def _named(argv: list[str], words: tuple[str, ...] = ("--kind", "--name", "--model", "--arg")) -> list[str]:
+    """`new KIND NAME` as `new --kind KIND --name NAME`: Invoke knows no positional argument that may be left out."""
+    at = argv.index("new") + 1 if "new" in argv else len(argv)
+    given = list(itertools.takewhile(lambda word: not word.startswith("-"), argv[at:]))
+    if argv[at - 2 : at - 1] and argv[at - 2].startswith("--"):
+        return argv  # the value of a flag
+    pairs = itertools.chain.from_iterable(zip(words, given, strict=False))
+    return [*argv[:at], *pairs, *argv[at + min(len(given), len(words)) :]]
+
+
+if (named := _named(sys.argv)) != sys.argv:
+    _python("-m", "invoke", *named[1:])
+    sys.exit()
 if sys.argv[-1] == "explain":  # Invoke knows no positional argument that may be left out
     explain(Context(), section="")
     sys.exit()

@@ -16,7 +16,7 @@ from trainbox.host.box import Box, Mount
 from trainbox.spec.events import Event, decode
 from trainbox.spec.formats import ChatReader
 from trainbox.spec.load import Choices, load_recipe
-from trainbox.spec.recipe import SftRecipe
+from trainbox.spec.recipe.llm import SftRecipe
 from trainbox.spec.run import RunSpec
 
 HERE = Path(__file__).parent
@@ -103,7 +103,7 @@ def train(settings: list[str], model: Path, rows: Path, output: Path, name: str 
     spec = RunSpec(recipe=recipe, model=pinned, data=source)
     output.mkdir(parents=True)
     spec.write(output / "spec.json")
-    box = pipeline.train_box(spec, image, model_folder, mounts, output, use_gpus=False)
+    box = pipeline.train_box(spec, image, model_folder, mounts, output, use_gpus="")
     command = ("python", f"/bench/{script}") if script else ("python", "-m", "trainbox.container", *box.command)
     return run(replace(box, command=command))
 

@@ -17,6 +17,7 @@ import diffusion
 import harness
 import images
 import million
+import pushing
 import training
 from jobs import Figure
 from rich.console import Console
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "diffusion": diffusion.diffusion,
     "harness": harness.harness,
     "million": million.million,
+    "push": pushing.push,
     "cold-build": harness.cold_build,
 }
 """By name, in order; each gets a folder of its own and how often to repeat."""

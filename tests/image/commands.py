@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,16 +17,24 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from trainbox.host import data, engine, paths, pipeline
 from trainbox.host.box import Mount
 from trainbox.spec.load import Choices, load_recipe
+from trainbox.spec.recipe.custom import CustomRecipe
+from trainbox.spec.recipe.other_trainer import OtherTrainerRecipe
 from trainbox.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
-RECIPES = pipeline.recipe_names()
-DRAWING = [name for name in RECIPES if load_recipe(pipeline.recipe_folder(name), Choices(name)).task == "text-to-image"]
+LOADED = {name: load_recipe(pipeline.recipe_folder(name), Choices(name)) for name in pipeline.recipe_names()}
+CUSTOM = [name for name, recipe in LOADED.items() if recipe.task == "custom"]
+"""Recipes of the user's own scripts."""
+RECIPES = [name for name, recipe in LOADED.items() if not isinstance(recipe, CustomRecipe | OtherTrainerRecipe)]
+"""Those that train by themselves; what runs another project's trainer is tried with a stand-in, in test_trainers.py."""
+DRAWING = [name for name in RECIPES if LOADED[name].kind == "text-to-image"]
 """Those that make LoRAs of diffusion models."""
 ROOT = paths.REPO
 SECRETS = {"HF_TOKEN": "hf_sentinel4711", "WANDB_API_KEY": "wandb_sentinel4711"}
@@ -32,6 +42,8 @@ SECRETS = {"HF_TOKEN": "hf_sentinel4711", "WANDB_API_KEY": "wandb_sentinel4711"}
 PLAIN = "training.max_steps=24 training.logging_steps=1 limits.cpus=1"
 """The tiny profile over more than an epoch, every step's loss logged. One core, since two workers share two."""
 PACKED = f"{PLAIN} data.packing=true"
+JOB = "script.arguments.steps=24 limits.cpus=1"
+"""The same of a custom recipe."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,20 @@ def run(*argv: str, root: Path = ROOT, **env: str) -> Ended:
     return Command(*argv, output=Path(), root=root, **env).end()
 
 
+def install(*packages: str) -> None:
+    """Install Debian's packages where they are not; their services are not started. Skips the test elsewhere."""
+    if shutil.which("apt-get") is None:
+        pytest.skip(f"{' '.join(packages)}: apt-get is not here")
+    argv = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", "-y", "--no-install-recommends", "install", *packages]
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    for _ in range(10):  # the lists may be absent, and another worker at them
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        subprocess.run(["apt-get", "-qq", "update"], capture_output=True, check=False)
+    raise AssertionError(done.stderr)
+
+
 def training(recipe: str, output: Path, settings: str = PLAIN, *more: str) -> tuple[str, ...]:
     """The arguments of `invoke` that train a recipe's tiny profile."""
     return ("train", f"--recipe={recipe}", "--profile=tiny", f"--output={output}", f"--set={settings}", *more)
@@ -144,14 +170,49 @@ def tensors(folder: Path) -> dict[str, Any]:
 
 
 def training_state(checkpoint: Path) -> dict[str, Any]:
-    """What torch saved of optimizer, scheduler and random generators, member by member."""
+    """What torch (or NumPy) saved of optimizer, scheduler and random generators, member by member."""
     found = {}
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    own = [name for name in ("state.pt", "state.npz") if (checkpoint / name).exists()]
+    for name in own or ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         with zipfile.ZipFile(checkpoint / name) as archive:
             # serialization_id is a hash of how it was written, not of what.
             members = [member for member in archive.namelist() if not member.endswith("serialization_id")]
             found |= {f"{name}: {member}": archive.read(member) for member in members}
-    return found
+    return {name: Plain(io.BytesIO(data)).load() if name.endswith("data.pkl") else data for name, data in found.items()}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A class or function of another library, by its name alone."""
+
+    module: str
+    name: str
+
+    def __call__(self, *args: Any) -> Made:
+        return Made(self, args)
+
+
+@dataclass
+class Made:
+    """What it made, with the state that was given to it after."""
+
+    by: Named
+    args: tuple[Any, ...]
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class Plain(pickle.Unpickler):
+    """Reads what torch pickled without torch. (Bytes would differ: a text that was loaded is no longer one and the same
+    object wherever it stands.)"""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(module, name) if module == "collections" else Named(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
 
 
 def assert_same_run(output: Path, reference: Path) -> None:
@@ -186,8 +247,8 @@ def inside(docker: engine.Docker, reference: Path, output: Path, script: str) ->
     output.mkdir()
     spec.write(output / "spec.json")
     _, mounts = data.check(spec.recipe, pipeline.recipe_folder(spec.choices["recipe"]))
-    image, model = spec.origin["image"]["tag"], Path(spec.model.reference)
-    box = pipeline.train_box(spec, image, model, mounts, output, use_gpus=False)
+    image, model = spec.origin["image"]["tag"], Path(spec.model.reference) if spec.model.reference else None
+    box = pipeline.train_box(spec, image, model, mounts, output, use_gpus="")
     mounts = (*box.mounts, Mount(reference, "/reference"))
     argv = docker.argv(replace(box, command=("-c", script), mounts=mounts))
     argv[argv.index(image) : argv.index(image)] = ["--rm", "--entrypoint", "python"]

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from trainbox.container.models import byte_tokenizer
 from trainbox.container.text import IGNORED, ChatEncoder
-from trainbox.spec.recipe import SftRecipe
+from trainbox.spec.recipe.llm import SftRecipe
 from trainbox.spec.run import DataSource, ModelSource, RunSpec
 
 logging.set_verbosity_error()

@@ -210,7 +210,7 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_and_resume_ends
 ) -> None:
     size = sum(file.stat().st_size for file in (straight("llm-full") / "checkpoint-20").iterdir())
     output = file_system(f"size={int(size * 1.5)}")
-    ended = run(*training("llm-full", output))
+    ended = run(*training("llm-full", output, f"{PLAIN} limits.preflight=false"))
     assert ended.code == 5, ended.text
     ended.says(str(output), "the disk is full while saving checkpoint-8", "checkpoint-4", "free space, then resume")
     assert newest_complete(output) == (output / "checkpoint-4", [])

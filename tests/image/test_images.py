@@ -114,7 +114,7 @@ def test_an_adapter_over_a_vision_transformer_is_saved_alone_and_answers(tmp_pat
     assert ended.code == 0, ended.text
 
 
-@pytest.mark.parametrize("model", ["convnext", "swin", "mobilenet_v2"])
+@pytest.mark.parametrize("model", ["convnext", "deit", "swin", "mobilenet_v2"])
 def test_other_architectures_train(model: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     ended = run(*training("image-classifier", output, f"{METHODS} model.name=random:{model}"))

@@ -2,11 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
-from trainbox.host import explaining, paths, pipeline
+from trainbox.host import data, explaining, paths, pipeline
 from trainbox.spec.dataset import check, find_splits, located, reader
 from trainbox.spec.load import Choices, load_recipe
 
@@ -22,13 +23,18 @@ def profiles(name):
 
 
 @pytest.mark.parametrize(("name", "profile"), [(name, profile) for name in RECIPES for profile in profiles(name)])
-def test_a_recipe_loads_in_each_profile_and_its_sample_is_good_data(name, profile):
+def test_a_recipe_loads_in_each_profile_and_its_sample_is_good_data(name, profile, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRAINBOX_CACHE", str(tmp_path))
     folder = pipeline.recipe_folder(name)
     recipe = load_recipe(folder, Choices(name, profile))
     recipe = located(recipe, folder)
+    if recipe.task == "custom":
+        source, _ = data.check(recipe, folder)
+        assert (source.formats["files"], list(source.script_files)) == (2, ["train.py"])
+        return
     splits = find_splits(recipe, folder)
     facts = check(recipe, splits)
-    if recipe.task == "text-to-image":  # small ones, of few images: SDXL's own size is four times theirs
+    if recipe.kind == "text-to-image":  # small ones, of few images: SDXL's own size is four times theirs
         assert (facts.rows["train"] >= 10, facts.rows["validation"] >= 2) == (True, True)
         assert not [line for line in facts.warnings if "enlarged" not in line and "usual" not in line]
         return
@@ -49,10 +55,13 @@ def is_text(facts):
 def test_no_held_out_row_of_a_sample_is_a_training_row(name):
     folder = pipeline.recipe_folder(name)
     recipe = located(load_recipe(folder, Choices(name)), folder)
-    known = {
-        split: {line for _, example in reader(recipe).read(files) for line in lines(example)}
-        for split, files in find_splits(recipe, folder).items()
-    }
+    if recipe.task == "custom":
+        known = {path.stem: set(path.read_text().splitlines()[1:]) for path in Path(recipe.data.path).iterdir()}
+    else:
+        known = {
+            split: {line for _, example in reader(recipe).read(files) for line in lines(example)}
+            for split, files in find_splits(recipe, folder).items()
+        }
     for split in known.keys() - {"train"}:
         assert known[split]
         assert not known["train"] & known[split]
@@ -66,8 +75,9 @@ def lines(example):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_has_a_tiny_profile_that_needs_no_network(name):
     recipe = load_recipe(pipeline.recipe_folder(name), Choices(name, "tiny"))
-    assert recipe.model.name.startswith("random:")
-    assert 0 < recipe.training.max_steps <= 20
+    steps = recipe.script.arguments["steps"] if recipe.task == "custom" else recipe.training.max_steps
+    assert recipe.model.name.startswith("random:") or (recipe.task, recipe.model.name) == ("custom", "")
+    assert 0 < steps <= 20
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -120,14 +130,19 @@ def test_the_schema_of_its_task_knows_every_key_of_a_recipe_and_of_its_profiles(
     profile = resolved(case, schema)["properties"]["profiles"]["additionalProperties"]
     for below in tree["profiles"].values():
         assert unknown_keys(below, profile, schema) == []
-    assert unknown_keys({"lora": {"rank": 1}, "modle": {}}, case, schema) == ["modle", "rank"]
+    section, typo = ("script", "fiel") if tree["task"] == "custom" else ("lora", "rank")
+    assert unknown_keys({section: {typo: 1}, "modle": {}}, case, schema) == ["modle", typo]
 
 
 def test_the_schema_knows_the_other_names_and_every_section_has_its_own_definition():
     schema = explaining.schema()
     assert {"num_train_epochs", "num_epochs", "batch_size"} <= set(schema["$defs"]["Training"]["properties"])
     cases = [resolved(case, schema)["properties"] for case in schema["oneOf"]]
-    ranks = {case["task"]["const"]: resolved(case["lora"], schema)["properties"]["r"]["default"] for case in cases}
+    ranks = {
+        case["task"]["const"]: resolved(case["lora"], schema)["properties"]["r"]["default"]
+        for case in cases
+        if "lora" in case
+    }
     assert (ranks["sft"], ranks["seq2seq"]) == (64, 8)
     (rewards,) = [case["rewards"] for case in cases if "rewards" in case]
     assert resolved(rewards["items"], schema)["required"] == ["type"]

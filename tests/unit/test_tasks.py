@@ -23,6 +23,7 @@ def invoke(*arguments, cwd=paths.REPO, **env):
         (["--recipe", "llm-qlora", "--set", "lora.rank=8"], 2, "did you mean lora.r?"),
         (["--recipe", "llm-qlora", "--set", "training.max_steps=many"], 2, "training.max_steps"),
         (["--recipe", "llm-qlora", "--profile", "tiny", "--data", "nowhere.jsonl"], 3, "no such file"),
+        (["--recipe", "llm-qlora", "--profile", "tiny", "--dry", "1", "--gpus", "many"], 2, "none of auto, none, all"),
         (["--recipe", "llm-qlora", "--profile", "tiny", "--model", "./nowhere"], 2, "neither a folder nor a hub name"),
     ],
 )
@@ -57,10 +58,30 @@ def test_a_dry_run_prints_the_spec_and_the_sandboxed_command_and_does_nothing(tm
     assert "--network none" in command or "trainbox.container train" in command
 
 
+def test_a_dry_run_shows_a_run_for_a_machine_with_more_gpus(tmp_path):
+    done = invoke("train", "--recipe", "llm-lora", "--profile", "tiny", "--dry", "1", "--gpus", "8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{")
+
+
 def test_every_verb_of_the_makefile_is_a_task_and_has_help():
     listed = invoke("--list").stdout
     menu = subprocess.run(["make", "help"], cwd=paths.REPO, capture_output=True, text=True, check=True).stdout
-    for verb in ("train", "resume", "infer", "merge", "verify", "build", "test", "lock", "engine", "explain", "bench"):
+    for verb in (
+        "train",
+        "resume",
+        "infer",
+        "merge",
+        "verify",
+        "build",
+        "push",
+        "pull",
+        "test",
+        "lock",
+        "engine",
+        "explain",
+        "bench",
+    ):
         assert f"\n  {verb} " in f"\n{menu}"
         assert f"\n  {verb} " in f"\n{listed}"
 

@@ -7,34 +7,46 @@ what is mounted at /data and /model, and goes on from the newest complete checkp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import importlib.metadata
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainbox.container.report import emit, hush_libraries
+from trainbox.container import launch, notices, preflight
+from trainbox.container.report import emit, has_gpu, hush_libraries, mute
+from trainbox.container.setup import run_script, run_steps
+from trainbox.container.user import hand_over, step_down
 from trainbox.errors import ConfigError, EngineError, HardwareError, TrainboxError, TrainingError
-from trainbox.spec import checkpoint, record
-from trainbox.spec.run import BOX_OUTPUT, RunSpec, box
+from trainbox.spec import budget, checkpoint, record
+from trainbox.spec.distributed import World
+from trainbox.spec.run import BOX_OUTPUT, RunSpec, box, write_json
 
 if TYPE_CHECKING:
+    from trainbox.container.custom import CustomJob
     from trainbox.container.task import Task
 
 
 def main() -> int:
     """Run one command; tell any error; return its exit code."""
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))  # as a container's first process ignores it
+    hand_over(sys.argv[1:], COMMANDS)
+    step_down()
     command = parse(sys.argv[1:])
     # Threads that soon wait asleep: on a busy machine torch's spinning ones made small models 7-20 times slower. Those
     # that never spin lose 15% on an idle one; so short a spin loses nothing on either.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     gc.disable()  # until `loaded`: imports make a million objects and no garbage, yet it is looked for all the time
     try:
-        COMMANDS[command.command](command)
+        return COMMANDS[command.command](command) or 0
     except TrainboxError as error:
         tell(error)
         return error.exit_code
@@ -45,7 +57,6 @@ def main() -> int:
         _keep_traceback(error)
         tell(known)
         return known.exit_code
-    return 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -69,7 +80,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for uses in (infer, evaluate, merge):
         uses.add_argument("--checkpoint", default="/checkpoint")
         uses.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
+    commands.add_parser("work", help="one process of several, as `train` starts them").add_argument("folder")
+    several = commands.add_parser("spread", help="run a command in several processes, as torchrun does")
+    several.add_argument("nodes", type=int)
+    several.add_argument("processes", type=int)
+    several.add_argument("argv", nargs=argparse.REMAINDER)
+    commands.add_parser("size", help="measure the spec's model by its configuration alone, to /output/size.json")
     commands.add_parser("sync-wandb", help="send to W&B what a run wrote offline")
+    script = commands.add_parser("script", help="run a shell command that downloads to /output")
+    script.add_argument("run")
+    script.add_argument("--timeout", type=int, default=3600)
     model = commands.add_parser("make-model", help="make a random model, or convert a GGUF file")
     model.add_argument("name")
     model.add_argument("--source", default="")
@@ -78,55 +98,180 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def train(command: argparse.Namespace) -> None:
     """Train and leave result.json and the record, however the run ends."""
-    spec = find_spec(command)
-    resume = find_checkpoint(command)
     started = datetime.now(UTC)
-    if resume is None and record.finished(box(BOX_OUTPUT)):
+    launch.set_own_folder()
+    with _refusal_recorded(started):
+        preflight.check_gpus()
+    spec = find_spec(command)
+    with _refusal_recorded(started):
+        resume = find_checkpoint(command) if launch.node() == 0 else None
+    # Where nodes share an output, the first one's record is there for all.
+    if resume is None and record.finished(box(BOX_OUTPUT).parent if launch.node() else box(BOX_OUTPUT)):
         emit("note", text="this output holds a finished run: nothing to do")
         return
-    emit("stage", text="loading the libraries")  # takes seconds: the person sees that the box is up
-    # One process uses one GPU; the Trainer would else split each batch over all that it sees.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    if "wandb" not in spec.recipe.training.report_to:
-        sys.modules["wandb"] = None  # type: ignore[assignment]  # TRL would import it, half a second, unused
-    from trainbox.container.trainer import Interrupt
+    with _refusal_recorded(started):
+        preflight.check_vram(spec.min_vram)
+        allowed = budget.allowance(spec.recipe.budget, box(BOX_OUTPUT))
+        world = launch.world_of(spec.recipe)
+        notices.watch()
+        record.begin(box(BOX_OUTPUT), started)
+        spec = _with_model(spec)
+    from trainbox.container.interrupt import Interrupt
 
-    interrupt = Interrupt()
-    outcome: dict[str, Any] = {"status": "finished", "exit_code": 0}
+    own_process = spec.recipe.task in JOBS
+    if not own_process and world.size == 1:
+        _prepare_libraries(spec)
+    interrupt = Interrupt(allowed)
+    outcome: dict[str, Any] = {"status": "finished", "exit_code": 0, "world": asdict(world)}
     try:
-        check_gpu()
-        outcome |= task_of(spec).train(interrupt, resume)
+        run_steps(spec.setup)
+        if own_process:
+            outcome |= JOBS[spec.recipe.task]()(spec, world).train(interrupt, resume)
+        elif world.size > 1:
+            outcome |= launch.run(world, spec, resume, allowed)
+        else:
+            check_gpu()
+            outcome |= task_of(spec).train(interrupt, resume)
     except Exception as error:
         known = error if isinstance(error, TrainboxError) else recognise(error)
         outcome |= {"status": "interrupted" if known.kind == "interrupted" else "failed", "exit_code": known.exit_code}
-        outcome["error"] = {"kind": known.kind, "place": known.place, "fault": known.fault, "remedy": known.remedy}
+        outcome["error"] = _as_told(known)
         raise
     finally:
         outcome |= {"started": started.isoformat(), "ended": datetime.now(UTC).isoformat()}
-        outcome |= {"resumed_from": resume.name if resume else None, "environment": environment()}
+        outcome |= {"resumed_from": resume.name if resume else None}
+        outcome["environment"] = outcome.get("environment") or environment()
         record.write_result(box(BOX_OUTPUT), spec, outcome)
+
+
+@contextlib.contextmanager
+def _refusal_recorded(started: datetime) -> Iterator[None]:
+    """A run that is refused here before it ever trained says so in its record: who fetches it finds why."""
+    try:
+        yield
+    except TrainboxError as error:
+        output = box(BOX_OUTPUT)
+        if (output / "spec.json").exists() and not (output / record.RECORD).exists():
+            outcome = {"status": "failed", "exit_code": error.exit_code, "error": _as_told(error)}
+            times = {"started": started.isoformat(), "ended": datetime.now(UTC).isoformat()}
+            record.write_result(output, RunSpec.read(output / "spec.json"), outcome | times)
+        raise
+
+
+def _as_told(error: TrainboxError) -> dict[str, str]:
+    return {"kind": error.kind, "place": error.place, "fault": error.fault, "remedy": error.remedy}
+
+
+def _work(command: argparse.Namespace) -> int:
+    """One process of several: train, and leave what came of it in the launcher's folder."""
+    from trainbox.container import distributed
+    from trainbox.container.interrupt import Interrupt
+
+    folder, own = Path(command.folder), os.environ["LOCAL_RANK"]
+    (folder / f"{own}.pid").write_text(str(os.getpid()))
+    if os.environ["RANK"] != "0":
+        mute()
+    plan = launch.Plan.read(folder)
+    spec = RunSpec.model_validate(plan.spec)
+    _prepare_libraries(spec)
+    interrupt = Interrupt(plan.allowed)
+    interrupt.tells = False
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the launcher hands it on as SIGTERM
+    left: dict[str, Any]
+    try:
+        distributed.join()
+        check_gpu()
+        spec = _agreed(spec)
+        start = box(BOX_OUTPUT) / plan.resume if plan.resume else None
+        resume = distributed.received(start, box(BOX_OUTPUT))
+        left = {"environment": environment(), **task_of(spec).train(interrupt, resume)}
+        distributed.barrier()
+        code = 0
+    except Exception as error:
+        known = error if isinstance(error, TrainboxError) else recognise(error)
+        lost = known is not error and known.kind != "hardware" and distributed.is_lost_peer(error)
+        if known is not error:
+            _keep_traceback(error)
+        left = {"error": _as_told(known), "at": time.time(), "lost_peer": lost}
+        code = 0 if known.kind == "interrupted" else known.exit_code
+    write_json(folder / f"{own}.json", left)
+    return code
+
+
+def _spread(command: argparse.Namespace) -> int:
+    return launch.spread(World(command.nodes, command.processes), command.argv)
+
+
+def _agreed(spec: RunSpec) -> RunSpec:
+    """The first process's spec. Raises ConfigError where this node would train something else."""
+    from trainbox.container import distributed
+
+    place = f"node {os.environ['GROUP_RANK']}"
+    if int(os.environ["LOCAL_WORLD_SIZE"]) * int(os.environ["GROUP_WORLD_SIZE"]) != distributed.size():
+        remedy = "set distributed.processes_per_node to what each of them has"
+        raise ConfigError("it has another number of processes than other nodes", place=place, remedy=remedy)
+    first = RunSpec.model_validate(distributed.shared(spec.model_dump(mode="json")))
+    for name in ("recipe", "data", "code", "base model"):
+        if spec.identity.get(name) != first.identity.get(name):
+            remedy = "each node needs the same image, command, data and model"
+            raise ConfigError(f"it has another {name} than node 0", place=place, remedy=remedy)
+    return first
+
+
+def _prepare_libraries(spec: RunSpec) -> None:
+    emit("stage", text="loading the libraries")  # takes seconds: the person sees that the box is up
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+        # One process uses one GPU; the Trainer would else split each batch over all that it sees.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 def check_gpu() -> None:
     """Raise HardwareError where a GPU was handed in that CUDA cannot use: torch would silently train on the CPU."""
     import torch
 
-    there = os.environ.get("TRAINBOX_GPUS") == "1" or Path("/dev/nvidiactl").exists()
-    handed_in = there and os.environ["CUDA_VISIBLE_DEVICES"] != ""
-    if handed_in and not torch.cuda.is_available():
-        raise HardwareError(
-            f"a GPU is here, but CUDA {torch.version.cuda} cannot use it",
-            place="GPU",
-            remedy="its driver is most likely older than the image needs (docker inspect: org.trainbox.min-driver):\n"
-            "update it, or train on the CPU: GPUS=none",
-        )
+    if has_gpu() and not torch.cuda.is_available():
+        raise preflight.unusable(f"CUDA {torch.version.cuda} cannot use it")
 
 
-def task_of(spec: RunSpec) -> Task:
-    """The task that a spec asks for. Each imports its own libraries, which take seconds."""
-    task = TASKS[spec.recipe.task]()(spec)
+def task_of(spec: RunSpec, name: str = "") -> Task:
+    """The task that a spec asks for, or the one of this name. Each imports its own libraries, which take seconds."""
+    with _spared_imports(wandb=_wants_wandb(spec)):
+        task = TASKS[name or spec.recipe.task]()(spec)
     loaded()
     return task
+
+
+def _wants_wandb(spec: RunSpec) -> bool:
+    return "wandb" in getattr(spec.recipe.training, "report_to", ())
+
+
+NO_COMPILER = "TORCHDYNAMO_DISABLE"
+
+
+@contextlib.contextmanager
+def _spared_imports(*, wandb: bool = False) -> Iterator[None]:
+    """Within it libraries do not import what nothing here needs: a third of a start's seconds would go there."""
+    if not wandb:
+        sys.modules["wandb"] = None  # type: ignore[assignment]  # by TRL, half a second
+    importlib.metadata.packages_distributions = _packages  # by TRL, half a second
+    before = os.environ.get(NO_COMPILER, "")
+    os.environ[NO_COMPILER] = "1"  # bitsandbytes makes ready to compile for a CPU, more than a second
+    try:
+        yield
+    finally:
+        os.environ[NO_COMPILER] = before
+
+
+def _packages() -> dict[str, list[str]]:
+    """Distributions by package, as packages_distributions says, which asks the disk for each of their files."""
+    found: dict[str, list[str]] = {}
+    for each in importlib.metadata.distributions():
+        names = (each.read_text("top_level.txt") or "").split()
+        paths = [line.partition(",")[0] for line in (each.read_text("RECORD") or "").splitlines()]
+        names = names or [path.partition("/")[0] if "/" in path else path.partition(".")[0] for path in paths]
+        for name in filter(str.isidentifier, dict.fromkeys(names)):
+            found.setdefault(name, []).append(each.metadata["Name"])
+    return found
 
 
 def _sft() -> type[Task]:
@@ -184,6 +329,12 @@ def _text_to_image() -> type[Task]:
     return TextToImage
 
 
+def _other_trainer() -> type[Task]:
+    from trainbox.container.other_trainer import OtherTrainer
+
+    return OtherTrainer
+
+
 TASKS: dict[str, Callable[[], Callable[[RunSpec], Task]]] = {
     "sft": _sft,
     "text-classification": _text_classification,
@@ -194,8 +345,20 @@ TASKS: dict[str, Callable[[], Callable[[RunSpec], Task]]] = {
     "preference": _preference,
     "grpo": _grpo,
     "text-to-image": _text_to_image,
+    "kohya": _other_trainer,
+    "ai-toolkit": _other_trainer,
 }
 """A new training method adds its class."""
+
+
+def _custom() -> type[CustomJob]:
+    from trainbox.container.custom import CustomJob
+
+    return CustomJob
+
+
+JOBS: dict[str, Callable[[], type[CustomJob]]] = {"custom": _custom}
+"""Tasks that run in a process of their own, with libraries of their own: none is imported here."""
 
 
 def loaded() -> None:
@@ -210,13 +373,25 @@ def find_spec(command: argparse.Namespace) -> RunSpec:
     from trainbox.container import standalone
 
     path = box(BOX_OUTPUT) / "spec.json"
-    if path.exists():
-        spec = RunSpec.read(path)
-        standalone.check_same(spec, command.profile, command.model, command.set)
-        standalone.fill_model(spec.recipe)
-        return spec
-    spec = standalone.make_spec(command.profile, command.model, command.set)
-    spec.write(path)
+    of_all = path.parent.parent / path.name  # where the nodes share an output, or the harness has put a spec on each
+    written = next((each for each in (path, *([of_all] if launch.node() else [])) if each.exists()), None)
+    spec = RunSpec.read(written) if written else None
+    now = spec and standalone.same(spec, command.profile, command.model, command.set)
+    now = now or standalone.make_spec(command.profile, command.model, command.set)
+    if now != spec:
+        now.write(path)
+    return now
+
+
+def _with_model(spec: RunSpec) -> RunSpec:
+    """The spec once its model is here: of one from a hub, a launch knows the large files' hashes alone."""
+    from trainbox.container import standalone
+
+    with _spared_imports(wandb=_wants_wandb(spec)):
+        model = standalone.fill_model(spec.model)
+    if model != spec.model:
+        spec = spec.model_copy(update={"model": model})
+        spec.write(box(BOX_OUTPUT) / "spec.json")
     return spec
 
 
@@ -239,15 +414,21 @@ def find_checkpoint(command: argparse.Namespace) -> Path | None:
     return chosen
 
 
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "diffusers", "jax", "flax", "optax", "numpy")
+"""Whose versions the record shows; the locks have all."""
+
+
 def environment() -> dict[str, Any]:
     """Versions and device, as the box sees them."""
-    import accelerate
-    import peft
-    import torch
-    import transformers
-
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate)}
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     facts: dict[str, Any] = {"python": sys.version.split()[0], "versions": versions, "device": "cpu"}
+    if "torch" not in sys.modules:  # a job in a process of its own
+        return facts | ({"device": "cuda"} if has_gpu() else {})
+    import torch
+
     if torch.cuda.is_available():
         facts["device"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
@@ -297,11 +478,11 @@ def _keep_traceback(error: Exception) -> None:
 
 def _trained(command: argparse.Namespace) -> tuple[Task, dict[str, Path]]:
     """The task that can use what was trained, and the folders that hold it, by name."""
-    sys.modules["wandb"] = None  # type: ignore[assignment]  # TRL would import it, half a second, unused
-    from trainbox.container import use
+    with _spared_imports():
+        from trainbox.container import use
 
-    folders = use.named_adapters(command)
-    return task_of(use.spec_of(next(iter(folders.values())))), folders
+        folders = use.named_adapters(command)
+        return task_of(use.spec_of(next(iter(folders.values())))), folders
 
 
 def _infer(command: argparse.Namespace) -> None:
@@ -327,11 +508,25 @@ def _merge(command: argparse.Namespace) -> None:
         use.merge(task, folders["default"])
 
 
-def _make_model(command: argparse.Namespace) -> None:
-    from trainbox.container.models import make
+def _size(command: argparse.Namespace) -> None:
+    spec = RunSpec.read(box(BOX_OUTPUT) / "spec.json")
+    with _spared_imports():
+        from trainbox.container import size
 
-    loaded()
-    make(command.name, box(command.source) if command.source else None, box(BOX_OUTPUT))
+        task = task_of(spec, spec.recipe.kind)
+    size.write(task)
+
+
+def _make_model(command: argparse.Namespace) -> None:
+    with _spared_imports():
+        from trainbox.container.models import make
+
+        loaded()
+        make(command.name, box(command.source) if command.source else None, box(BOX_OUTPUT))
+
+
+def _script(command: argparse.Namespace) -> None:
+    run_script(command.run, command.timeout)
 
 
 def _sync_wandb(command: argparse.Namespace) -> None:
@@ -344,13 +539,17 @@ def _sync_wandb(command: argparse.Namespace) -> None:
         raise EngineError("wandb could not be reached", place="wandb", remedy="`wandb sync` in logs/wandb tries again")
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": train,
+    "work": _work,
+    "spread": _spread,
     "sync-wandb": _sync_wandb,
     "infer": _infer,
     "evaluate": _evaluate,
     "merge": _merge,
     "make-model": _make_model,
+    "script": _script,
+    "size": _size,
 }
 
 if __name__ == "__main__":

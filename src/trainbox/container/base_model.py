@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
+from trainbox.container import distributed
 from trainbox.container.report import emit
 from trainbox.container.trainer import precision
 from trainbox.errors import ConfigError
 from trainbox.spec.checkpoint import share
-from trainbox.spec.recipe import AdapterRecipe
+from trainbox.spec.recipe.sections import AdapterRecipe
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, RunSpec, box, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,6 +35,8 @@ def load_for_training(recipe: AdapterRecipe, folder: Path, auto_class: Any, **mo
     if recipe.lora.init_lora_weights == "loftq" and not torch.cuda.is_available():
         raise ConfigError("loftq is computed on a GPU alone", place="lora.init_lora_weights", remedy="use default")
     emit("stage", text=f"loading {recipe.model.name}")
+    if recipe.peft.method == "adapter":
+        emit("note", text="peft.method adapter is (IA)3, the nearest that PEFT has (https://arxiv.org/abs/2205.05638)")
     compute = PRECISIONS[precision(recipe.training)]
     # All weights train in float32, under mixed precision: an update of a bfloat16 weight mostly rounds to nothing.
     weights = torch.float32 if recipe.peft.method == "full" else compute
@@ -69,7 +72,7 @@ def _load(
         attn_implementation=recipe.model.attn_implementation,
         trust_remote_code=recipe.model.trust_remote_code,
         quantization_config=quantization,
-        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         **more,
     )
 
@@ -203,7 +206,6 @@ def _ia3(recipe: AdapterRecipe, model: Any, **common: Any) -> Any:
     from peft import IA3Config
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
 
-    emit("note", text="peft.method adapter is (IA)3, the nearest that PEFT has (https://arxiv.org/abs/2205.05638)")
     if model.config.model_type in KNOWN:
         return IA3Config(**common)
     return IA3Config(**common, target_modules=IA3_TARGETS, feedforward_modules=IA3_TARGETS[8:])
@@ -272,7 +274,7 @@ def begin_adapter(recipe: AdapterRecipe, model: Any) -> None:
         from peft import replace_lora_weights_loftq
 
         replace_lora_weights_loftq(model, model_path=str(box(BOX_MODEL)))
-    if recipe.lora.init_lora_weights == "pissa":
+    if recipe.lora.init_lora_weights == "pissa" and distributed.is_first():
         _keep_start(model)
 
 
@@ -292,6 +294,12 @@ def tell_parameters(model: Any) -> int:
     total = model.num_parameters()
     emit("note", text=f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
     return int(trainable)
+
+
+def help_to_save(model: Any) -> None:
+    """Give the first process, which calls `save_trained`, this one's part of the weights."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        model.save_pretrained(nowhere, is_main_process=False)
 
 
 def save_trained(recipe: AdapterRecipe, model: Any, tokenizer: Any, spec: RunSpec, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.data_loader import prepare_data_loader
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from peft import LoraConfig
@@ -19,11 +20,22 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
-from trainbox.container import base_model, lora_files
+from trainbox.container import base_model, distributed, lora_files
 from trainbox.container import trainer as shared
 from trainbox.container.families import Conditions, Family, family_of, pipe_of
-from trainbox.container.latents import BucketBatches, Cache, Drawn, Entries, Shot, entries_of, shots_of
+from trainbox.container.interrupt import Interrupt
+from trainbox.container.latents import (
+    BucketBatches,
+    Cache,
+    Drawn,
+    Entries,
+    ShareOfBatches,
+    Shot,
+    entries_of,
+    shots_of,
+)
 from trainbox.container.prepare import Stats, splits_of
 from trainbox.container.report import Progress, emit
 from trainbox.container.task import Settings, Task
@@ -31,6 +43,7 @@ from trainbox.errors import ConfigError
 from trainbox.spec.asking import Question
 from trainbox.spec.checkpoint import share
 from trainbox.spec.dataset import hash_file
+from trainbox.spec.distributed import divisions
 from trainbox.spec.rows import Row
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, RunSpec, box
 
@@ -159,23 +172,46 @@ class DiffusionTrainer(shared.ByEpoch, transformers.Trainer):  # type: ignore[mi
 
     def get_train_dataloader(self) -> Any:
         """Batches by bucket."""
-        args, entries = self.args, self.train_dataset
+        args, entries, size = self.args, self.train_dataset, distributed.size()
+        whole = self.task.spec.recipe.training
+        batch_size = self._train_batch_size if size == 1 else whole.per_device_train_batch_size
+        batches: Any = BucketBatches(entries.shots, batch_size, args.seed)
+        if size > 1:
+            batches = ShareOfBatches(batches, parts=divisions(whole, size), size=size, rank=distributed.rank())
         loader = torch.utils.data.DataLoader(
             entries,
-            batch_sampler=BucketBatches(entries.shots, self._train_batch_size, args.seed),
+            batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
+        if size > 1:  # the batches are shared out already
+            return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The same, in one order."""
         entries = eval_dataset if eval_dataset is not None else self.eval_dataset
         batches = list(BucketBatches(entries.shots, self.args.eval_batch_size, 0))
-        return self.accelerator.prepare(
-            torch.utils.data.DataLoader(entries, batch_sampler=batches, collate_fn=self.data_collator)
-        )
+        mine = batches[distributed.rank() :: distributed.size()]
+        loader = torch.utils.data.DataLoader(entries, batch_sampler=mine, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader) if distributed.size() == 1 else loader
+
+    def evaluation_loop(self, dataloader: Any, *arguments: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
+        """Evaluate as the Trainer does; of several processes each its own batches, summed over all images."""
+        if distributed.size() == 1:
+            return super().evaluation_loop(dataloader, *arguments, metric_key_prefix=metric_key_prefix, **named)
+        epoch, self.data_collator.epoch = self.data_collator.epoch, 0
+        self.model.eval()
+        loss = images = 0.0
+        with torch.no_grad():
+            for inputs in dataloader:
+                count = len(inputs["weights"])
+                loss += float(self.compute_loss(self.model, self._prepare_inputs(inputs))) * count
+                images += count
+        self.data_collator.epoch = epoch
+        loss, images = distributed.total([loss, images])
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / max(images, 1)}, int(images))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The Trainer's, where the text encoders have a learning rate of their own with two groups."""
@@ -249,8 +285,7 @@ class DiffusionTrainer(shared.ByEpoch, transformers.Trainer):  # type: ignore[mi
                 shadow.copy_(stored[name])
 
     def _load_best_model(self) -> None:
-        if self.before_best:
-            self.before_best()
+        self._fetch_best()
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
@@ -486,7 +521,7 @@ class TextToImage(Task):
         )
         return {"model": adapted, "data_collator": drawn}
 
-    def build_trainer(self, model: Any, data: dict[str, Any], interrupt: shared.Interrupt) -> Any:
+    def build_trainer(self, model: Any, data: dict[str, Any], interrupt: Interrupt) -> Any:
         """With the moving average, and grids of samples on the way."""
         trainer = super().build_trainer(model, data, interrupt)
         trainer.task, self._trainer = self, trainer
@@ -571,12 +606,12 @@ class TextToImage(Task):
 
     def _save(self, model: Any, name: str) -> None:
         """The adapter for diffusers and for kohya's tools, with a card and the last samples."""
-        ema = self._trainer.ema
+        ema, by_first = self._trainer.ema, distributed.by_first
         if name == "final" and ema:
-            self._write(model, "last", None)
+            by_first(lambda: self._write(model, "last", None))
             ema.copy_to(list(model.trained().values()))
-        grid_path = self.draw(model, self._trainer.state.global_step) if name == "final" else None
-        self._write(model, name, grid_path)
+        grid_path = by_first(lambda: self.draw(model, self._trainer.state.global_step)) if name == "final" else None
+        by_first(lambda: self._write(model, name, grid_path))
 
     def _write(self, model: Any, name: str, grid_path: Path | None) -> None:
         final = box(BOX_OUTPUT) / name
@@ -688,7 +723,7 @@ class AfterStep(TrainerCallback):  # type: ignore[misc]
         if ema:
             ema.store(self._parameters())
             ema.copy_to(self._parameters())
-        path = self._task.draw(self._trainer.model, step)
+        path = distributed.by_first(lambda: self._task.draw(self._trainer.model, step))
         if ema:
             ema.restore(self._parameters())
         if path:

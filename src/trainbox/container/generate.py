@@ -25,7 +25,7 @@ def answers(model: Any, tokenizer: Any, questions: list[Question], max_new_token
     inputs = inputs.to(model.device)
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode, weights that are gathered here could not be trained after
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 
 from trainbox.container import trainer as shared
+from trainbox.container.interrupt import Interrupt
 from trainbox.container.prepare import Encoder, Placed, Stats
 from trainbox.container.report import emit
 from trainbox.container.sft import CausalTask
@@ -27,7 +28,8 @@ from trainbox.container.task import Outcome
 from trainbox.container.text import ChatEncoder
 from trainbox.errors import DataError
 from trainbox.spec.dataset import reader
-from trainbox.spec.recipe import GrpoRecipe, Reward
+from trainbox.spec.distributed import effective_batch
+from trainbox.spec.recipe.llm import GrpoRecipe, Reward
 from trainbox.spec.rows import Row
 from trainbox.spec.run import RunSpec, box
 
@@ -264,7 +266,7 @@ class Grpo(CausalTask):
         """The rewards."""
         return judges(self.recipe, self.spec.data.code)
 
-    def train(self, interrupt: shared.Interrupt, resume: Path | None) -> Outcome:
+    def train(self, interrupt: Interrupt, resume: Path | None) -> Outcome:
         """Try the rewards before anything is loaded: a faulty one would end the run at its first step."""
         files = [box(path) for path in self.spec.data.files["train"]]
         for (_, example), judge in itertools.product(
@@ -286,8 +288,7 @@ class Grpo(CausalTask):
 
     def before(self, model: Any, data: dict[str, Any], resume: Path | None) -> None:
         """Refuse data that does not fill a step: TRL leaves out what does not fill one."""
-        training, grpo = self.recipe.training, self.recipe.grpo
-        needed = training.per_device_train_batch_size * training.gradient_accumulation_steps // grpo.num_generations
+        needed = effective_batch(self.spec.recipe.training) // self.recipe.grpo.num_generations
         if len(data["train"]) < needed:
             fault = f"{len(data['train'])} prompts are fewer than the {needed} of one step"
             remedy = "add rows, or lower training.gradient_accumulation_steps or raise grpo.num_generations"

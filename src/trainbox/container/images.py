@@ -20,7 +20,7 @@ from trainbox.container.task import Settings
 from trainbox.errors import ConfigError
 from trainbox.spec.asking import Question
 from trainbox.spec.images import ImageReader, open_image, size_of
-from trainbox.spec.recipe import Augmentation
+from trainbox.spec.recipe.encoder import Augmentation
 from trainbox.spec.rows import Row
 from trainbox.spec.run import RunSpec, box
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -132,6 +133,32 @@ class BucketBatches:
             batches += [mixed[at : at + self.batch_size] for at in range(0, len(mixed), self.batch_size)]
         chance.shuffle(batches)
         return iter(batches)
+
+
+class ShareOfBatches:
+    """What one of several processes takes of the batches: a part of each, or some of them, or both.
+
+    The rows of an optimizer step are those of one process. At an epoch's end, batches are shown once more until every
+    process has as many.
+    """
+
+    def __init__(self, batches: BucketBatches, *, parts: int, size: int, rank: int) -> None:
+        self._batches, self._parts = batches, parts
+        self._groups, self._group, self._part = size // parts, rank // parts, rank % parts
+        self.batch_size = batches.batch_size // parts
+
+    def set_epoch(self, epoch: int) -> None:
+        """Each epoch has an order of its own; accelerate calls this."""
+        self._batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self._batches) // self._groups)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = list(self._batches)
+        whole = itertools.islice(itertools.cycle(batches), len(self) * self._groups)
+        for batch in list(whole)[self._group :: self._groups]:
+            yield batch[self._part :: self._parts] or [batch[self._part % len(batch)]]
 
 
 @dataclass

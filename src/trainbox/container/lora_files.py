@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from trainbox.container.families import Family
@@ -43,6 +44,12 @@ def _settled(content: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def names_in(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def load_diffusers(parts: Parts, folder: Path) -> None:
@@ -160,8 +167,8 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
 
 
-def card(spec: RunSpec, prompts: list[str], picture: str) -> str:
-    """The model card: what it is, how it looks, how to load it."""
+def card(spec: RunSpec, prompts: list[str], picture: str, elsewhere: str = KOHYA) -> str:
+    """The model card: what it is, how it looks, how to load it; `elsewhere` is the file for other tools."""
     recipe: Any = spec.recipe
     training, word = recipe.training, recipe.data.trigger_word
     head = ["---", f"base_model: {json.dumps(spec.model.reference)}", "library_name: diffusers",
@@ -181,7 +188,7 @@ def card(spec: RunSpec, prompts: list[str], picture: str) -> str:
         f"pipe({(prompts or [word or 'a photo'])[0]!r}).images[0].save('image.png')",
         "```",
         "",
-        f"ComfyUI, Forge and kohya's tools take `{KOHYA}`.",
+        f"ComfyUI, Forge and kohya's tools take `{elsewhere}`.",
         "",
         "| | |",
         "|---|---|",

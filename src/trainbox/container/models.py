@@ -92,9 +92,12 @@ def _make_random(model_type: str, folder: Path) -> None:
 def _make_random_for_images(model_type: str, auto_class: Any, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, ViTImageProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSES
 
     known = vars(AutoConfig.for_model(model_type))
     config = AutoConfig.for_model(model_type, **{key: value for key, value in TINY_IMAGES.items() if key in known})
+    names = CLASSES[model_type]
+    config.architectures = [names if isinstance(names, str) else names[0]]  # DeiT has a second one, with a teacher
     torch.manual_seed(0)
     model = auto_class.from_config(config)
     model.save_pretrained(str(folder))

@@ -1,19 +1,30 @@
-"""Telling what happens: events for the harness, plain lines for a person who runs the image by hand."""
+"""Telling what happens (events for the harness, plain lines for a person who runs the image by hand), and on what."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from trainbox.spec.events import encode, to_text
 
 _FOR_HARNESS = os.environ.get("TRAINBOX_EVENTS") == "1"
+_muted = False
+
+
+def mute() -> None:
+    """Say nothing any more: of several processes one speaks."""
+    global _muted
+    _muted = True
 
 
 def emit(event: str, **fields: Any) -> None:
     """Tell one event at once."""
+    if _muted:
+        return
     full = {"event": event, **fields}
     line = encode(full) if _FOR_HARNESS else to_text(full)
     if line:
@@ -33,6 +44,24 @@ class Progress:
         if last or time.monotonic() >= self._next:
             self._next = time.monotonic() + self._every
             emit("progress", done=done, **self._fixed)
+
+
+def has_gpu() -> bool:
+    """Whether a GPU was handed in, usable or not."""
+    there = os.environ.get("TRAINBOX_GPUS") == "1" or Path("/dev/nvidiactl").exists()
+    return there and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+
+
+def count_gpus() -> int:
+    """How many GPUs the driver shows here, without the seconds that torch takes to load."""
+    if not has_gpu():
+        return 0
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        return count.value if not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count)) else 0
+    except (OSError, AttributeError):
+        return 0
 
 
 def hush_libraries() -> None:

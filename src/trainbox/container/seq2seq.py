@@ -24,7 +24,7 @@ from trainbox.container.report import emit
 from trainbox.container.task import Outcome, Settings, Task
 from trainbox.container.text import IGNORED, load_fast_tokenizer
 from trainbox.spec.asking import Question
-from trainbox.spec.recipe import Generation
+from trainbox.spec.recipe.sections import Generation
 from trainbox.spec.rows import Row
 
 SHOWN = 5

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from trainbox.container import base_model
+from trainbox.container import base_model, distributed
 from trainbox.container import trainer as shared
 from trainbox.container.generate import answers, stop_at_end_of_turn
 from trainbox.container.report import emit
@@ -111,13 +111,24 @@ class Trainer(shared.BoxTrainer, SFTTrainer):  # type: ignore[misc]
             outputs = model(**inputs, use_cache=False)
         finally:
             hook.remove()
-        loss = torch.nn.functional.cross_entropy(outputs.logits.float(), following[learned], reduction="sum")
+        logits, targets = outputs.logits.float(), following[learned]
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         if not self.model.training:
-            self._evaluated += torch.stack([loss.detach().double(), learned.sum().double()]).cpu()
+            alone = distributed.size() == 1
+            both = torch.stack([loss.detach().double(), learned.sum().double()])
+            self._evaluated += (both if alone else self._sums(logits, targets, learned)).cpu()
         loss = loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _sums(self, logits: torch.Tensor, targets: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
+        """Loss and tokens over all processes' rows, without those that fill up the last batch: (2,)."""
+        each = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+        rows = torch.zeros(len(learned), dtype=torch.float64, device=each.device)
+        rows.index_add_(0, learned.nonzero()[:, 0], each)
+        found: torch.Tensor = self.accelerator.gather_for_metrics(torch.stack([rows, learned.sum(1).double()], dim=1))
+        return found.sum(0)
 
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
         """Evaluate as the Trainer does, but each learned token counts the same, whatever batch it is in."""
@@ -165,7 +176,7 @@ def check_packing(model: Any) -> None:
     positions = torch.arange(8, device=model.device).repeat(2)[None]
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode, weights that are gathered here could not be trained after
         first, second = (
             model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 8:].float() for x in (ids, other)
         )
@@ -192,7 +203,7 @@ class Samples:
 
     def _write(self) -> None:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows]
-        if lines:
+        if lines and distributed.is_first():
             self._path.write_text("".join(lines), encoding="utf-8")
 
     def finish(self, after: list[str]) -> None:

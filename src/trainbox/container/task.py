@@ -10,14 +10,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from trainbox.container import base_model
+from trainbox.container import base_model, distributed, preflight, sharding
 from trainbox.container import trainer as shared
+from trainbox.container.interrupt import Interrupt
 from trainbox.container.prepare import Encoder, Stats, prepared
 from trainbox.container.report import emit
 from trainbox.errors import ConfigError
 from trainbox.spec.asking import Question, typed
 from trainbox.spec.checkpoint import newest_complete
-from trainbox.spec.recipe import Training
+from trainbox.spec.distributed import spread
+from trainbox.spec.planning import Facts
+from trainbox.spec.recipe.sections import Training
 from trainbox.spec.rows import Row
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, RunSpec, box
 
@@ -51,10 +54,15 @@ class Task:
         self.spec = spec
         self.recipe: Any = spec.recipe
         self.tokenizer: Any = None
+        self.sharded = False
 
-    def train(self, interrupt: shared.Interrupt, resume: Path | None) -> Outcome:
+    def train(self, interrupt: Interrupt, resume: Path | None) -> Outcome:
         """Train, in smaller batches of the same sum where memory runs out and the recipe allows it."""
         outcome: Outcome = {}
+        self.sharded = sharding.is_wanted(self.recipe, distributed.shared(distributed.by_first(self._tell_plan)))
+        if distributed.size() > 1:
+            outcome["strategy"] = "fsdp" if self.sharded else "ddp"
+        self.recipe = spread(self.recipe, distributed.size())
         if self.recipe.training.auto_batch_size and resume:
             self._set_batch_size(_batch_size_of(resume))
         while True:
@@ -67,14 +75,14 @@ class Task:
             outcome["batch_size"] = {key: getattr(self.recipe.training, key) for key in BATCH}
             resume = newest_complete(box(BOX_OUTPUT))[0] or resume
 
-    def _train(self, interrupt: shared.Interrupt, resume: Path | None) -> Outcome:
+    def _train(self, interrupt: Interrupt, resume: Path | None) -> Outcome:
         """Load, train, save `output/final`, evaluate."""
         training: Training = self.recipe.training
         shared.seed_everything(training)
         self.tokenizer = self.load_tokenizer(box(BOX_MODEL))
-        data, stats = self.prepare()
+        data, stats = distributed.once_per_node(self.prepare)
         model = self.load_model(box(BOX_MODEL))
-        self.before(model, data, resume)
+        self._look(model, lambda: self.before(model, data, resume))
         shared.seed_everything(training)
         trainer = self.build_trainer(model, data, interrupt)
         base_model.begin_adapter(self.recipe, trainer.model)
@@ -88,11 +96,34 @@ class Task:
         if "test" in data:
             metrics |= shared.evaluate(trainer, data["test"], "test")
         metrics |= {"steps": trainer.state.global_step, "trainable_parameters": trainable}
-        self.after(trainer)
+        self._look(trainer.model, lambda: self.after(trainer))
         return {"metrics": metrics, "prepared": stats, **self.report(trainer, data)}
 
+    def _tell_plan(self) -> Facts | None:
+        """What the run will need, and whether it is there; a model that cannot be sized trains all the same."""
+        from trainbox.container import size
+
+        try:
+            facts, rows = size.tell(self)
+        except Exception as error:
+            emit("note", text=f"plan: this model cannot be sized: {size.first_line(error)}")
+            return None
+        preflight.check_plan(facts, self.recipe, rows, distributed.size())
+        return facts
+
+    def _look(self, model: Any, work: Callable[[], None]) -> None:
+        """Use the model outside the training: the first process alone, or all where each holds but a part of it."""
+        if not self.sharded:
+            distributed.by_first(work)
+            return
+        with sharding.looked_at(model):
+            work()
+
     def _save(self, model: Any, name: str) -> None:
-        base_model.save_trained(self.recipe, model, self.tokenizer, self.spec, name)
+        if self.sharded and not distributed.is_first():
+            base_model.help_to_save(model)
+        save = base_model.save_trained
+        distributed.by_first(lambda: save(self.recipe, model, self.tokenizer, self.spec, name))
 
     # What a task says of itself
 
@@ -102,7 +133,11 @@ class Task:
 
     def load_model(self, folder: Path) -> Any:
         """The base model, to be trained."""
-        return base_model.load_for_training(self.recipe, folder, self.auto_class, **self.model_config())
+        more = self.model_config()
+        if self.sharded:
+            trust = self.recipe.model.trust_remote_code
+            more = {**more, **sharding.arguments(folder, self.auto_class, trust_remote_code=trust)}
+        return base_model.load_for_training(self.recipe, folder, self.auto_class, **more)
 
     def prepare(self) -> tuple[dict[str, Any], dict[str, Stats]]:
         """The splits as the trainer takes them, and what became of their rows."""
@@ -178,7 +213,7 @@ class Task:
 
     # The trainer
 
-    def build_trainer(self, model: Any, data: dict[str, Any], interrupt: shared.Interrupt) -> Any:
+    def build_trainer(self, model: Any, data: dict[str, Any], interrupt: Interrupt) -> Any:
         """The trainer over tokenised data."""
         training: Training = self.recipe.training
         validation = data.get("validation")
@@ -188,6 +223,10 @@ class Task:
             )
         except ValueError as error:  # settings that exclude each other, in the Trainer's own words
             raise ConfigError(str(error).splitlines()[0], place="training") from error
+        # One process uses one GPU, however many CUDA was told of: the Trainer would split each batch over all of them.
+        config._n_gpu = min(config.n_gpu, 1)
+        # It refuses to save a sharded optimizer, which it would save in parts: BoxTrainer saves it whole.
+        config.save_only_model = self.sharded
         with base_model.adapter_faults(self.recipe, model):
             trainer = self.trainer_class(
                 args=config,
@@ -197,6 +236,7 @@ class Task:
                 callbacks=shared.callbacks(training, interrupt),
                 **self.trainer_arguments(model, data),
             )
+        trainer.args.save_only_model = False
         trainer.loraplus_lr_ratio = self.recipe.lora.loraplus_lr_ratio
         return trainer
 

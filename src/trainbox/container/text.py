@@ -14,7 +14,7 @@ from trainbox.container.prepare import Encoder, Placed, Stats, open_arrow
 from trainbox.errors import ConfigError, DataError
 from trainbox.spec.formats import Message
 from trainbox.spec.reading import Example
-from trainbox.spec.recipe import Template
+from trainbox.spec.recipe.llm import Template
 from trainbox.spec.run import RunSpec
 
 INSTRUCTION_TEMPLATE = (

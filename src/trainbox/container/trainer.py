@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import math
 import os
 import shutil
-import signal
+import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,17 +24,24 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints, set_seed
+from transformers.training_args import ParallelMode
 
+from trainbox.container import distributed, sharding
+from trainbox.container.interrupt import STOPPING, Interrupt
 from trainbox.container.report import emit
-from trainbox.errors import ConfigError, Interrupted, TrainboxError, TrainingError
-from trainbox.spec.checkpoint import publish, step_of
-from trainbox.spec.recipe import Training
+from trainbox.container.saving import Metrics, cannot_save
+from trainbox.errors import ConfigError, TrainingError
+from trainbox.spec.checkpoint import publish
+from trainbox.spec.recipe.sections import Training
 from trainbox.spec.run import BOX_OUTPUT, box, write_json
 
 STAGING = ".saving"
 SINCE_LOG = "since_log.json"
+RNG = "rng_state.pth"
+"""The first process's generators; the others' have its name with their number."""
 
 
 class BoxTrainer:
@@ -47,6 +53,7 @@ class BoxTrainer:
     callback_handler: Any
     model: Any
     optimizer: Any
+    lr_scheduler: Any
     train_dataset: Any
     get_optimizer_cls_and_kwargs: Any
     _tr_loss: torch.Tensor
@@ -76,7 +83,7 @@ class BoxTrainer:
         """The Trainer's sampler; grouped by length in an order that depends on seed and epoch alone."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         lengths = self.train_dataset.with_format("numpy")["length"][:].tolist()
         return GroupedByLength(size, lengths=lengths, seed=self.args.seed)
 
@@ -97,33 +104,88 @@ class BoxTrainer:
         self._check_finite()
         output = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(output / STAGING, ignore_errors=True)
+        first = distributed.is_first()
+        if first:
+            shutil.rmtree(output / STAGING, ignore_errors=True)
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            self._settle_best(output)
-            publish(output / STAGING / name, output / name)
+            if first:
+                self._settle_best(output)
+                publish(output / STAGING / name, output / name)
         except Exception as error:
-            raise _cannot_save(error, output, name) from error
+            raise cannot_save(error, output, name) from error
         finally:
             self._staging = False
-            shutil.rmtree(output / STAGING, ignore_errors=True)
-        rotate_checkpoints(
-            output_dir=str(output),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
+            if first:
+                shutil.rmtree(output / STAGING, ignore_errors=True)
+        if first:
+            rotate_checkpoints(
+                output_dir=str(output),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        best = distributed.shared(self.state.best_model_checkpoint)
+        self.state.best_model_checkpoint = str(output / Path(best).name) if best else best
         emit("checkpoint", text=f"saved {name}", step=self.state.global_step)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer does; of a model that is shared out, the states are gathered."""
+        if not sharding.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        state = sharding.whole(self.optimizer.state_dict())
+        if distributed.is_first():
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does; of a model that is shared out, each process takes its part of the states."""
+        if checkpoint is None or not sharding.is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        # Mapped, not read: what is not this process's is never in its memory.
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+        self.optimizer.load_state_dict(sharding.parts(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
     def _save_rng_state(self, output_dir: str) -> None:
-        """Keep, beside the generators, what is summed up since the last log: the Trainer forgets it."""
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
-        write_json(Path(output_dir) / SINCE_LOG, self._since_log())
+        """Keep, beside the generators, what is summed up since the last log: the Trainer forgets it.
+
+        A checkpoint is written by the first process alone, so that it is whole on a disk that others do not share.
+        """
+        mine = Path(output_dir)
+        with contextlib.ExitStack() as stack:
+            if not distributed.is_first():
+                mine = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            with _as_if_alone(self.args):
+                super()._save_rng_state(str(mine))  # type: ignore[misc]
+            generators = (mine / RNG).read_bytes() if distributed.size() > 1 else b""
+        kept = distributed.gathered((generators, self._since_log()))
+        if distributed.is_first():
+            for number, (state, _) in enumerate(kept[1:], 1):
+                (mine / f"rng_state_{number}.pth").write_bytes(state)
+            others = {"others": [sums for _, sums in kept[1:]]} if len(kept) > 1 else {}
+            write_json(mine / SINCE_LOG, kept[0][1] | others)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)  # type: ignore[misc]
-        if checkpoint and (file := Path(checkpoint) / SINCE_LOG).exists():
-            self._go_on_from(json.loads(file.read_text()))
+        """Each process gets its own generators back; those that are new have begun with generators of their own."""
+        if not checkpoint:
+            return
+        folder, rank = Path(checkpoint), distributed.rank()
+        own = folder / (f"rng_state_{rank}.pth" if rank else RNG)
+        if own.exists():
+            with tempfile.TemporaryDirectory() as alone, _as_if_alone(self.args):
+                Path(alone, RNG).symlink_to(own.resolve())
+                super()._load_rng_state(alone)  # type: ignore[misc]
+        if (file := folder / SINCE_LOG).exists():
+            first = json.loads(file.read_text())
+            each = [first, *first.pop("others", [])]
+            self._go_on_from(each[rank] if len(each) == distributed.size() else self._merged(each))
+
+    def _merged(self, each: list[dict[str, Any]]) -> dict[str, Any]:
+        """The sums of another number of processes, as each of these would have them: a loss is the mean over all."""
+        return each[0] | {"loss": sum(one["loss"] for one in each) / len(each)}
 
     def _since_log(self) -> dict[str, Any]:
         return {"loss": self._tr_loss.item(), "logged_at": self._globalstep_last_logged}
@@ -152,18 +214,25 @@ class BoxTrainer:
         """
         model = model or self.model
         if isinstance(model, PreTrainedModel):
-            stored = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
+            more = sharding.like(model)
+            stored = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype, **more)
             model.load_state_dict(stored.state_dict())
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        if self.before_best:
-            self.before_best()
+        self._fetch_best()
         if isinstance(self.model, PreTrainedModel):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()  # type: ignore[misc]
+
+    def _fetch_best(self) -> None:
+        """Before the best checkpoint's weights take the place of the last ones; other nodes have to get it first."""
+        if self.before_best:
+            self.before_best()
+        best, output = Path(str(self.state.best_model_checkpoint)), Path(str(self.args.output_dir))
+        self.state.best_model_checkpoint = str(distributed.received(best if best.is_dir() else None, output) or best)
 
     def _settle_best(self, output: Path) -> None:
         """The state names the best checkpoint by path: give it the path it will have once renamed."""
@@ -205,8 +274,9 @@ class BoxTrainer:
         if "loss" in logs:
             self._check_finite()
             now = time.monotonic()
+            (tokens,) = distributed.total([float(self._tokens)])
             if self._tokens_since:
-                logs[f"{self.unit}_per_second"] = round(float(self._tokens) / (now - self._tokens_since), 1)
+                logs[f"{self.unit}_per_second"] = round(tokens / (now - self._tokens_since), 1)
             self._tokens, self._tokens_since = 0, now
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -258,54 +328,20 @@ class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
         return super().__iter__()
 
 
-def _cannot_save(error: Exception, output: Path, name: str) -> Exception:
-    if isinstance(error, TrainboxError):
-        return error
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    # torch.save says no more than that it stands at another position than it should.
-    full = full or shutil.disk_usage(output).free < 2**20
-    if not full and not isinstance(error, OSError):
-        return error
-    kept = sorted((path for path in output.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
-    what = "the disk is full" if full else str(error)
-    good = f"{kept[-1].name} before it is whole: free space, then resume" if kept else "there is no earlier checkpoint"
-    return TrainingError(f"{what} while saving {name}", place=str(output), remedy=good)
-
-
-ONE_WISH = 0.2
-"""Seconds in which a second signal is the first one's echo: a killed harness with threads makes the kernel send two."""
-
-
-class Interrupt:
-    """SIGTERM and SIGINT: the first ends the run after its step, with a checkpoint; the second ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.training = False
-        self._asked_at = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and time.monotonic() - self._asked_at < ONE_WISH:
-            return
-        if self.asked or not self.training:
-            os._exit(128 + number)
-        self.asked, self._asked_at = True, time.monotonic()
-        emit("note", text="stopping: finishing this step and saving (once more to stop at once)")
-
-
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Metrics to output/metrics.jsonl, progress to the harness, and the way out on a signal."""
+    """Metrics to output/metrics.jsonl, progress to the harness, and the way out on a signal or a budget's end."""
 
     def __init__(self, interrupt: Interrupt) -> None:
         self._interrupt = interrupt
-        self._file = box(BOX_OUTPUT) / "metrics.jsonl"
-        self._next = 0.0
+        self._metrics = Metrics()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """From here on a signal waits for the end of the step."""
-        _forget_after(self._file, state.global_step)
+        if distributed.rank():
+            # Each process drops out other units, and draws other noise.
+            set_seed(args.seed + distributed.rank())
+        else:
+            self._metrics.begin(state.global_step)
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if best.is_dir():  # the state has it by the path of an earlier attempt, which the local engine may have changed
             state.best_model_checkpoint = str(best)
@@ -313,39 +349,40 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar; on a signal, save and stop."""
-        if time.monotonic() >= self._next or state.global_step == state.max_steps:
-            self._next = time.monotonic() + 0.3
-            emit("step", done=state.global_step, total=state.max_steps)
-        if self._interrupt.asked:
+        if distributed.is_first():
+            self._metrics.step(state.global_step, state.max_steps)
+            self._interrupt.check_budget()
+        if distributed.any_of(self._interrupt.asked):
+            self._interrupt.agreed = True
+            if not self._interrupt.tells:
+                emit("note", text=STOPPING)
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A stop inside an epoch is not its end: no evaluation that an uninterrupted run would not make."""
-        if self._interrupt.asked and not float(state.epoch or 0).is_integer():
+        if self._interrupt.agreed and not float(state.epoch or 0).is_integer():
             control.should_evaluate = control.should_save = control.should_log = False
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """One line a log."""
-        if not logs or "train_runtime" in logs:
+        if not logs or "train_runtime" in logs or distributed.rank():
             return
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        emit("metrics", step=state.global_step, total=state.max_steps, metrics=logs)
+        self._metrics.log(state.global_step, state.max_steps, logs)
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will do again."""
-    if not path.exists():
+@contextlib.contextmanager
+def _as_if_alone(args: TrainingArguments) -> Iterator[None]:
+    """The Trainer names the file of the generators by the number of processes: here it has one name."""
+    if distributed.size() == 1:
+        yield
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_in(line) <= step and step]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _step_in(line: str) -> float:
+    kind: Any = type(args)
+    real = kind.world_size, kind.parallel_mode
+    kind.world_size, kind.parallel_mode = 1, ParallelMode.NOT_PARALLEL
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # a line cut short by a kill
-        return float("inf")
+        yield
+    finally:
+        kind.world_size, kind.parallel_mode = real
 
 
 def callbacks(training: Training, interrupt: Interrupt) -> list[TrainerCallback]:
@@ -420,9 +457,9 @@ def run(trainer: Any, interrupt: Interrupt, resume: Path | None) -> dict[str, fl
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     state = trainer.state
     # A signal from here on is waited out: what is left takes less than doing the last steps again.
-    if interrupt.asked and state.global_step < state.max_steps:
-        name = f"checkpoint-{state.global_step}"
-        raise Interrupted(f"stopped at step {state.global_step} of {state.max_steps}, {name} is saved")
+    if interrupt.agreed and state.global_step < state.max_steps:
+        fault = f"stopped at step {state.global_step} of {state.max_steps}, checkpoint-{state.global_step} is saved"
+        raise interrupt.error(fault)
     last_eval: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     metrics = {key: value for key, value in output.metrics.items() if isinstance(value, int | float)}

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainbox.container import base_model
 from trainbox.container import trainer as shared
+from trainbox.container.interrupt import Interrupt
 from trainbox.container.report import Progress, emit
 from trainbox.container.task import Settings, Task, adapter_name
 from trainbox.errors import ConfigError, TrainboxError
@@ -151,7 +152,7 @@ def evaluate(task: Task, folder: Path) -> None:
     task.tokenizer = task.load_tokenizer(folder)
     data, stats = task.prepare()
     model = task.load_model(box(BOX_MODEL) if adapter else folder)
-    trainer = task.build_trainer(model, {**data, "train": data["test"]}, shared.Interrupt())
+    trainer = task.build_trainer(model, {**data, "train": data["test"]}, Interrupt())
     if adapter:
         base_model.begin_adapter(task.recipe, trainer.model)
     if adapter or task.adapter_only:

@@ -25,7 +25,8 @@ class Box:
     mounts: tuple[Mount, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict)
-    gpus: bool = False
+    gpus: str = ""
+    """None of them, `all`, or how many."""
     network: bool = False
     interactive: bool = False
     memory: str | None = None
@@ -43,5 +44,5 @@ class Finished:
     oom_killed: bool
 
 
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "CIVITAI_TOKEN")
 """Variables of the host that a step sees only when it is given them."""

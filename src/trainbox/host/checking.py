@@ -14,13 +14,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from trainbox.errors import ConfigError
 from trainbox.host import data, ui
 from trainbox.host.pipeline import recipe_folder
-from trainbox.spec.asking import IMAGES, PICTURES
+from trainbox.spec.asking import CUSTOM, IMAGES, PICTURES
 from trainbox.spec.buckets import place
 from trainbox.spec.dataset import Splits, find_splits, reader
 from trainbox.spec.images import open_image, size_of
 from trainbox.spec.load import Choices, load_recipe
 from trainbox.spec.reading import Example
-from trainbox.spec.recipe import Recipe
+from trainbox.spec.recipe.sections import Recipe
 
 SHEET = Path("contact-sheet.png")
 COLUMNS, ROWS, THUMBNAIL, LINE = 8, 6, 128, 15
@@ -37,6 +37,10 @@ def check(choices: Choices, target: Path | None) -> None:
     recipe = load_recipe(folder, choices)
     source, _ = data.check(recipe, folder)
     ui.say(f"data        {source.reference}, sha256 {source.hash[:12]}")
+    if recipe.task == CUSTOM:
+        ui.say(f"files       {source.formats['files']:,}")
+        ui.say(f"code        {', '.join(source.script_files)}")
+        return
     for split, count in source.rows.items():
         ui.say(f"{split:<12}{count:,} rows")
     ui.say(f"read as     {', '.join(f'{name} ({count:,})' for name, count in source.formats.items())}")
@@ -44,12 +48,12 @@ def check(choices: Choices, target: Path | None) -> None:
     splits = find_splits(recipe, folder)
     if source.labels:
         _show_labels(recipe, source.labels, splits)
-    elif recipe.task == PICTURES:
+    elif recipe.kind == PICTURES:
         _show_folders(recipe, splits)
     else:
         _, example = next(reader(recipe).read(splits["train"]))
         ui.say(f"a row       {json.dumps(example, ensure_ascii=False)[:400]}")
-    if recipe.task in (IMAGES, PICTURES):
+    if recipe.kind in (IMAGES, PICTURES):
         path = target or SHEET
         _draw_sheet(recipe, _spread(_examples(recipe, splits["train"])), path)
         ui.say(f"sheet       {path}")
@@ -112,7 +116,7 @@ def _spread(examples: list[Example]) -> list[Example]:
 
 def _text_of(recipe: Recipe, example: Example) -> list[str]:
     """What stands below a thumbnail, line by line."""
-    if recipe.task == IMAGES:
+    if recipe.kind == IMAGES:
         return [", ".join(example["labels"]) or "(none)"]
     use = "regularization" if example["is_reg"] else f"{example['num_repeats']} x"
     return [f"{', '.join(_buckets_of(recipe, example))}  {use}", *textwrap.wrap(example["caption"], 20)[:3]]

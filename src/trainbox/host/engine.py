@@ -15,7 +15,8 @@ from typing import Any
 from trainbox.errors import ConfigError, EngineError, HardwareError
 from trainbox.host import daemon, shell, ui
 from trainbox.host.box import Box, Finished, Mount
-from trainbox.host.image import ImageFacts
+from trainbox.host.environment import Environment
+from trainbox.host.image import NONE, ImageFacts
 from trainbox.host.image import ensure as ensure_image
 from trainbox.host.local import Local
 
@@ -83,6 +84,24 @@ def connect() -> tuple[Any, str]:
     return client, ""
 
 
+SCRATCH = "/tmp:rw,exec,nosuid,nodev,mode=1777"  # noqa: S108
+"""The one place of a box's root that can be written: memory."""
+PIDS = 4096
+"""Processes and threads that a box may have."""
+
+
+def sandbox_flags(box: Box, user: str, network: str) -> list[str]:
+    """What of `docker run` seals a box, on any machine; an empty `network` is the engine's own."""
+    # Memory with swap: left out, Docker allows as much swap again.
+    memory = ["--memory", box.memory, "--memory-swap", box.memory] if box.memory else []
+    return [
+        "--user", user, *(["--network", network] if network else []),
+        "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
+        "--read-only", "--tmpfs", SCRATCH, "--shm-size", box.shm_size,
+        "--pids-limit", str(PIDS), *memory, *(["--cpus", f"{box.cpus:g}"] if box.cpus else []),
+    ]  # fmt: skip
+
+
 class Docker:
     """A Docker engine, or Podman through its Docker socket."""
 
@@ -91,17 +110,17 @@ class Docker:
     def __init__(self, client: Any) -> None:
         self.client = client
 
-    def ensure(self, recipe: str) -> ImageFacts:
-        """The recipe's image, looked up or built."""
-        return ensure_image(recipe, self)
+    def ensure(self, recipe: str, own: Environment = NONE) -> ImageFacts:
+        """The recipe's image with what the project has of its own, looked up or built."""
+        return ensure_image(recipe, self, own)
 
     def argv(self, box: Box, scratch: Path | None = None) -> list[str]:
         """The whole `docker run` line; `scratch` is the run's private folder (see `_scratch`), absent in a dry run."""
         return [
             "docker", "run", "--label", "org.trainbox=run",
             *(["--cidfile", f"{scratch}/id"] if scratch else []), *_terminal_flags(box),
-            *self._sandbox_flags(box), *_limit_flags(box), *(["--gpus", "all"] if box.gpus else []),
-            *[part for mount in box.mounts for part in ("--mount", _bind(mount))],
+            *self._sandbox_flags(box), *(["--gpus", box.gpus] if box.gpus else []),
+            *[part for mount in box.mounts for part in ("--mount", bind(mount))],
             *[part for name, value in sorted(box.env.items()) for part in ("--env", f"{name}={value}")],
             *(["--env-file", f"{scratch or ''}/secrets"] if box.secrets else []),
             box.image, *box.command,
@@ -174,12 +193,10 @@ class Docker:
         return [
             # An init: signals reach the command even before it handles them. (Podman has one only where installed.)
             *(["--init"] if self.facts["engine"] == "Docker" else []),
-            "--user", user, *(["--network", "none"] if not box.network else []),
-            "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
+            *sandbox_flags(box, user, "" if box.network else "none"),
             # SELinux would deny bind mounts that carry no container label, and relabelling the user's data is worse.
             *(["--security-opt", "label=disable"] if "selinux" in self._security else []),
-            "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777", "--shm-size", box.shm_size,  # noqa: S108
-        ]  # fmt: skip
+        ]
 
     def _can_build(self, client: list[str]) -> bool:
         from docker.errors import DockerException
@@ -243,13 +260,7 @@ def _terminal_flags(box: Box) -> list[str]:
     return [] if not box.interactive else ["--interactive", *(["--tty"] if sys.stdin.isatty() else [])]
 
 
-def _limit_flags(box: Box) -> list[str]:
-    # Memory with swap: left out, Docker allows as much swap again.
-    memory = ["--memory", box.memory, "--memory-swap", box.memory] if box.memory else []
-    return ["--pids-limit", "4096", *memory, *(["--cpus", f"{box.cpus:g}"] if box.cpus else [])]
-
-
-def _bind(mount: Mount) -> str:
+def bind(mount: Mount) -> str:
     """A `--mount` value; it is read as CSV, so a path with a comma or a quote is quoted."""
     fields = [
         "type=bind",

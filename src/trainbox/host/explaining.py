@@ -15,7 +15,8 @@ from pydantic.json_schema import models_json_schema
 from trainbox.errors import ConfigError
 from trainbox.host import ui
 from trainbox.spec.load import nearest
-from trainbox.spec.recipe import RECIPES, Recipe, Section
+from trainbox.spec.recipe import RECIPES
+from trainbox.spec.recipe.sections import Recipe, Section
 from trainbox.spec.run import write_json
 from trainbox.spec.tree import fields, names_of, section_of
 
@@ -52,8 +53,9 @@ def _print_field(name: str, uses: Uses) -> None:
     meanings = _by_value({task: inspect.cleandoc(field.description or "") for task, field in uses.items()})
     for meaning, tasks in meanings.items():
         ui.say("    " + (f"{', '.join(tasks)}: " if len(meanings) > 1 else "") + meaning.replace("\n", "\n    "))
-    if len(uses) < len(RECIPES):
-        ui.say(f"    Only for {', '.join(uses)}.")
+    others = [task for task in RECIPES if task not in uses]
+    if others:
+        ui.say(f"    Not for {', '.join(others)}." if len(others) < 2 else f"    Only for {', '.join(uses)}.")
 
 
 def _by_value(values: dict[str, str]) -> dict[str, list[str]]:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from trainbox.errors import ConfigError, HardwareError
-from trainbox.host import shell
+from trainbox.host import shell, ui
+from trainbox.spec.distributed import fault_of, fitting
+from trainbox.spec.machine import Gpu, check_capability, check_driver, check_memory
+from trainbox.spec.recipe.custom import CustomRecipe
+from trainbox.spec.recipe.sections import Recipe
+
+__all__ = ["Gpu", "asked", "check", "check_gpu", "count", "describe", "gpus", "memory"]
 
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One NVIDIA GPU; memory in GB (2**30 bytes), compute capability like "8.9"."""
-
-    name: str
-    memory_gb: float
-    driver: str
-    compute_capability: str
 
 
 def gpus() -> list[Gpu]:
@@ -35,24 +31,67 @@ def gpus() -> list[Gpu]:
     )
 
 
-def check(wanted: str, labels: Mapping[str, str]) -> bool:
-    """Whether to use GPUs (`auto|none|all`), with an image whose `org.trainbox.*` labels say what it needs.
+def check(wanted: str, labels: Mapping[str, str], min_vram: float | None = None, recipe: Recipe | None = None) -> str:
+    """The GPUs that a container gets of `auto|none|all|N`: none of them, `all`, or how many.
 
-    Raises HardwareError when they were asked for and are absent, or cannot run this image.
+    The labels `org.trainbox.*` say what its image needs; `min_vram` is in GB. With a recipe to be trained, a number
+    that its effective batch cannot be divided among is refused, and `auto` takes fewer and says so. Raises
+    HardwareError when GPUs were asked for and are absent, cannot run the image, or have less memory than that.
     """
-    if wanted not in ("auto", "none", "all"):
-        raise ConfigError(f"{wanted!r} is none of auto, none, all", place="GPUS")
+    asked(wanted)
     found = [] if wanted == "none" else gpus()
-    if wanted == "all" and not found:
+    if wanted not in ("auto", "none") and not found:
         raise HardwareError(
             "no GPU was found: nvidia-smi is absent or lists none",
-            place="GPUS=all",
+            place=f"GPUS={wanted}",
             remedy="install the NVIDIA driver, or train on the CPU: GPUS=none",
         )
-    for gpu in found:
-        _check_driver(gpu, labels.get("org.trainbox.min-driver", ""))
-        _check_capability(gpu, labels.get("org.trainbox.compute-capabilities", "").split())
-    return bool(found)
+    number = _number(wanted, found, recipe)
+    for gpu in found[:number]:
+        check_gpu(gpu, labels)
+        check_memory(gpu, min_vram)
+    return "all" if found and number == len(found) else str(number or "")
+
+
+def asked(wanted: str) -> int:
+    """The number in `auto|none|all|N`, 0 for a word. Raises ConfigError for anything else."""
+    if wanted in ("auto", "none", "all"):
+        return 0
+    if not (wanted.isdecimal() and int(wanted)):
+        raise ConfigError(f"{wanted!r} is none of auto, none, all, or a number of them", place="GPUS")
+    return int(wanted)
+
+
+def _number(wanted: str, found: list[Gpu], recipe: Recipe | None) -> int:
+    """How many of the GPUs are used."""
+    processes = recipe.distributed.processes_per_node if recipe else None
+    number = asked(wanted) or len(found)
+    if number > len(found):
+        raise HardwareError(f"there are {len(found)} GPUs", place=f"GPUS={wanted}", remedy=f"GPUS={len(found)}")
+    if processes and found:
+        if processes > number:
+            fault = f"{processes} processes want a GPU each, and there are {number}"
+            raise HardwareError(fault, place="distributed.processes_per_node", remedy="lower it, or leave it away")
+        return processes if wanted == "auto" else number
+    if recipe is None or number < 2 or isinstance(recipe, CustomRecipe):
+        return number
+    fault = fault_of(recipe, number)
+    if fault and wanted != "auto":
+        raise ConfigError(fault, place=f"GPUS={wanted}", remedy=f"for example GPUS={fitting(recipe, number)}")
+    if fault:
+        ui.say(f"{fitting(recipe, number)} of {number} GPUs are used: {fault}")
+    return fitting(recipe, number)
+
+
+def count(used: str) -> int:
+    """How many GPUs `check` stands for."""
+    return len(gpus()) if used == "all" else int(used or 0)
+
+
+def check_gpu(gpu: Gpu, labels: Mapping[str, str]) -> None:
+    """Raise HardwareError where a GPU cannot run an image with these labels."""
+    check_driver(gpu, labels.get("org.trainbox.min-driver", ""))
+    check_capability(gpu, labels.get("org.trainbox.compute-capabilities", "").split())
 
 
 def describe() -> dict[str, object]:
@@ -74,35 +113,6 @@ def memory() -> int:
 def _read_gpu(line: str) -> Gpu:
     name, mebibytes, driver, capability = (field.strip() for field in line.split(","))
     return Gpu(name, round(float(mebibytes) / 1024, 1) if mebibytes.isdigit() else 0.0, driver, capability)
-
-
-def _check_driver(gpu: Gpu, needed: str) -> None:
-    if needed and _numbers(gpu.driver) < _numbers(needed):
-        raise HardwareError(
-            f"its driver {gpu.driver} is older than {needed}, which the image needs",
-            place=gpu.name,
-            remedy=f"update the NVIDIA driver to {needed} or newer, or train on the CPU: GPUS=none",
-        )
-
-
-def _check_capability(gpu: Gpu, supported: Sequence[str]) -> None:
-    if supported and not any(_runs_on(gpu.compute_capability, built) for built in supported):
-        known = ", ".join(supported)
-        raise HardwareError(
-            f"compute capability {gpu.compute_capability} is none that the image supports ({known})",
-            place=gpu.name,
-            remedy="use another GPU, or train on the CPU: GPUS=none",
-        )
-
-
-def _runs_on(have: str, built: str) -> bool:
-    """CUDA code built for 8.0 runs on 8.6, the same major version; only "+PTX" code runs on a later one."""
-    least, actual = _numbers(built.removesuffix("+PTX")), _numbers(have)
-    return actual >= least and (built.endswith("+PTX") or actual[:1] == least[:1])
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _first_value(path: Path, key: str) -> str:

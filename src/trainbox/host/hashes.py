@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 from pathlib import Path
 
-from trainbox.host import paths, ui
+from trainbox.host import kept, ui
 from trainbox.spec.dataset import hash_file
-from trainbox.spec.run import write_json
+
+STORE = "hashes.json"
 
 SHOWN_FROM = 10**9
 """Bytes to read from which on it takes long enough to be shown."""
@@ -25,14 +24,11 @@ def hash_folder(folder: Path) -> dict[str, str]:
 
 def hash_files(files: list[Path]) -> dict[Path, str]:
     """sha256 of each file."""
-    store = paths.cache() / "hashes.json"
-    known = _read(store)
+    known = kept.read(STORE)
     keys = {path: _key(path) for path in files}
     fresh = _hash_all({key: path for path, key in keys.items() if key not in known})
     if fresh:
-        with store.with_suffix(".lock").open("w") as lock:  # other runs add theirs
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            write_json(store, {**_read(store), **fresh})
+        kept.add(STORE, fresh)
     return {path: (known | fresh)[key] for path, key in keys.items()}
 
 
@@ -56,11 +52,3 @@ def _hash_all(files: dict[str, Path]) -> dict[str, str]:
 def _key(path: Path) -> str:
     stat = path.stat()
     return f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}"
-
-
-def _read(store: Path) -> dict[str, str]:
-    try:
-        known = json.loads(store.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}

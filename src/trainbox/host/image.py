@@ -9,6 +9,8 @@ import io
 import json
 import os
 import re
+import shlex
+import string
 import tarfile
 import tempfile
 from collections import deque
@@ -20,12 +22,16 @@ from urllib.parse import urlsplit
 
 from trainbox.errors import ConfigError, EngineError
 from trainbox.host import paths, shell, ui
+from trainbox.host.environment import Environment
+from trainbox.spec.run import SETUP
 
 if TYPE_CHECKING:
     from trainbox.host.engine import Docker
 
 PYTHON = "3.13"
 """The images' Python, Debian 13's."""
+
+NONE = Environment()
 
 EPOCH = 1735689600  # 2025-01-01, as in docker/rootfs/build and docker/base/install
 """The time that all files carry, so that the same input makes a bit-identical layer."""
@@ -51,6 +57,12 @@ class ImageFacts:
     root: str
     locks: Mapping[str, str]
     labels: Mapping[str, str]
+    digests: tuple[str, ...] = ()
+    """Where registries have it: `registry/repository@sha256:...` of each that it was pushed to or pulled from."""
+
+
+Files = Mapping[str, Path | bytes]
+"""A build's context by name: files of this machine, or what is made on the way."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Build:
     """One `docker build` as a value: the files of its context by their name in it, and its build arguments."""
 
     name: str
-    files: Mapping[str, Path]
+    files: Files
     args: Mapping[str, str]
 
     @functools.cached_property
@@ -69,28 +81,38 @@ class Build:
         return f"trainbox/{self.name}:{digest.hexdigest()[:16]}"
 
 
-def ensure(recipe: str, docker: Docker) -> ImageFacts:
+def ensure(recipe: str, docker: Docker, own: Environment = NONE) -> ImageFacts:
     """The recipe's image: looked up by its tag (one call to the engine), or built, parents first."""
-    for root in _known_roots():
-        tag = plan(recipe, root)[-1].tag
+    for tag in tags(recipe, docker, own) if not own.root else ():
         if found := docker.inspect(tag):
-            return _facts(recipe, tag, found)
-    builds = plan(recipe, _resolve_root(docker))
+            return _facts(recipe, tag, found, own)
+    builds = plan(recipe, _pinned(own.root, docker) if own.root else _resolve_root(docker), own)
     for number, build in enumerate(builds):
         if docker.inspect(build.tag) is None:
-            # Only the last image carries the revision, and no tag depends on it: the same files are the same image.
-            extra = {"REVISION": _revision()} if number == len(builds) - 1 else {}
+            # Only the last image carries these, and no tag depends on them: the same files are the same image.
+            extra = {"REVISION": _revision(), "TAG": build.tag} if number == len(builds) - 1 else {}
             _build(build, docker, extra)
-    return _facts(recipe, builds[-1].tag, docker.inspect(builds[-1].tag) or {})
+    return _facts(recipe, builds[-1].tag, docker.inspect(builds[-1].tag) or {}, own)
 
 
-def expected_tag(recipe: str) -> str:
+def expected_tag(recipe: str, own: Environment = NONE) -> str:
     """The tag that the sources have now, built or not."""
-    return plan(recipe, next(_known_roots()))[-1].tag
+    return plan(recipe, own.root or next(_known_roots()), own)[-1].tag
 
 
-def plan(recipe: str, root: str) -> tuple[Build, Build, Build]:
-    """The three chained builds of a recipe on a root image."""
+def tags(recipe: str, docker: Docker, own: Environment = NONE) -> Iterator[str]:
+    """The tags that the sources have now: one for each root that the image may stand on."""
+    for root in [_pinned(own.root, docker)] if own.root else _known_roots():
+        yield plan(recipe, root, own)[-1].tag
+
+
+def is_near(recipe: str, docker: Docker) -> bool:
+    """Whether all of a recipe's image but its last layers is here: the rest is built in seconds."""
+    return any(docker.inspect(plan(recipe, root)[1].tag) for root in _known_roots())
+
+
+def plan(recipe: str, root: str, own: Environment = NONE) -> tuple[Build, ...]:
+    """The chained builds of a recipe on a root image: base, packages, what is the project's own if any, source."""
     docker, folder, package = paths.REPO / "docker", paths.REPO / "recipes" / recipe, paths.SOURCE / "trainbox"
     if not (folder / "Dockerfile").is_file():
         raise ConfigError(
@@ -99,19 +121,36 @@ def plan(recipe: str, root: str) -> tuple[Build, Build, Build]:
             remedy="copy another recipe's: it only adds requirements.lock to the base",
         )
     base = Build("base", _files(docker / "base"), {"ROOT": root, **_cuda_args()})
-    packages = Build(f"{recipe}-deps", _files(folder, skip=("recipe.yaml", "README.md", "sample")), {"BASE": base.tag})
-    source = {
+    below = _files(folder, skip=("recipe.yaml", "gpu.jsonc", "README.md", "sample"))
+    packages = Build(f"{recipe}-deps", below, {"BASE": base.tag})
+    parents = [base, packages]
+    if files := own.files:
+        parents.append(Build(f"{recipe}-env", files, {"BASE": packages.tag}))
+    source: dict[str, Path | bytes] = {
         "Dockerfile": docker / "source/Dockerfile",
         **_files(package, into="trainbox/", skip=("host",)),
         **_files(folder, into="recipe/", only=("recipe.yaml", "sample")),
     }
-    return base, packages, Build(recipe, source, {"BASE": packages.tag, "RECIPE": recipe})
+    if own.start:
+        source[f"recipe/{SETUP}"] = json.dumps([step.model_dump() for step in own.start]).encode()
+    return *parents, Build(recipe, source, {"BASE": parents[-1].tag, "RECIPE": recipe})
 
 
-def hash_locks(recipe: str) -> dict[str, str]:
-    """sha256 of each lock file that goes into a recipe's image, by path in the repository."""
+def variables() -> dict[str, str]:
+    """The environment that the image's ENV lines give, for those who come into it by ssh, past them."""
+    text = "".join((paths.REPO / "docker" / name / "Dockerfile").read_text() for name in ("base", "source"))
+    lines = re.findall(r"(?m)^ENV ((?:.*\\\n)*.*)", text)
+    pairs = (word.partition("=") for line in lines for word in shlex.split(line.replace("\\\n", " ")))
+    values = {name: string.Template(value).safe_substitute(_cuda_args()) for name, _, value in pairs}
+    return {name: value for name, value in values.items() if "$" not in value}
+
+
+def hash_locks(recipe: str, own: Environment = NONE) -> dict[str, str]:
+    """sha256 of each lock file that goes into a recipe's image, by path in the repository; a project's own by name."""
     files = [*(paths.REPO / "docker/base").glob("*.lock"), *(paths.REPO / "recipes" / recipe).glob("*.lock")]
-    return {str(file.relative_to(paths.REPO)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+    named = {str(file.relative_to(paths.REPO)): file for file in sorted(files)}
+    named |= {own.lock.name: own.lock} if own.lock else {}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in named.items()}
 
 
 def read_pins() -> dict[str, dict[str, str]]:
@@ -133,7 +172,7 @@ def pin_root(docker: Docker) -> str | None:
 # The context
 
 
-def context(files: Mapping[str, Path]) -> bytes:
+def context(files: Files) -> bytes:
     """The build context as a tar that depends on the files' names, modes and bytes alone."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
@@ -145,9 +184,9 @@ def context(files: Mapping[str, Path]) -> bytes:
                 entry.type, entry.mode = tarfile.DIRTYPE, 0o755
                 tar.addfile(entry)
             else:
-                entry.size, entry.mode = files[name].stat().st_size, _mode(files[name])
-                with files[name].open("rb") as file:
-                    tar.addfile(entry, file)
+                data = _content(files[name])
+                entry.size, entry.mode = len(data), _mode(files[name])
+                tar.addfile(entry, io.BytesIO(data))
     return buffer.getvalue()
 
 
@@ -162,17 +201,21 @@ def _files(folder: Path, *, into: str = "", skip: tuple[str, ...] = (), only: tu
     return found
 
 
-def _hash_files(files: Mapping[str, Path]) -> Any:
+def _hash_files(files: Files) -> Any:
     digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        data = path.read_bytes()
-        digest.update(f"{name}\0{_mode(path):o}\0{len(data)}\0".encode() + data)
+    for name, file in sorted(files.items()):
+        data = _content(file)
+        digest.update(f"{name}\0{_mode(file):o}\0{len(data)}\0".encode() + data)
     return digest
 
 
-def _mode(path: Path) -> int:
+def _content(file: Path | bytes) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def _mode(file: Path | bytes) -> int:
     """Executable or not, as git keeps it: the rest of the mode differs between clones."""
-    return 0o755 if path.stat().st_mode & 0o100 else 0o644
+    return 0o755 if isinstance(file, Path) and file.stat().st_mode & 0o100 else 0o644
 
 
 # The root file system
@@ -206,6 +249,18 @@ def _resolve_root(docker: Docker) -> str:
     return tag
 
 
+def _pinned(root: str, docker: Docker) -> str:
+    """A project's own root by digest: as it is here, else as its registry has it."""
+    if "@" in root:
+        return root
+    here = docker.inspect(root)
+    digest = docker.registry_digest(root) if here is None else None
+    if here is None and digest is None:
+        remedy = f"docker pull {root}, or leave it away: Debian 13 is used"
+        raise EngineError(f"{root} is neither here nor in a registry", place="environment.base_image", remedy=remedy)
+    return f"{root}@{digest}" if digest else next(iter((here or {}).get("RepoDigests") or [root]))
+
+
 def _bootstrap(tag: str) -> Path:
     """The root file system as a tar, cached by what it is made from."""
     out = paths.cache() / "rootfs" / f"{tag.rpartition(':')[2]}.tar"
@@ -236,7 +291,7 @@ def build_argv(build: Build, builder: list[str], secrets: Mapping[str, Path], ex
         *[part for label in labels for part in ("--label", label)],
         *[part for name, path in sorted(secrets.items()) for part in ("--secret", f"id={name},src={path}")],
         # A proxy or package index of this very host is out of reach from a container's own network.
-        *(["--network", "host"] if any(_is_loopback(value) for value in _net_settings().values()) else []),
+        *(["--network", "host"] if any(_is_loopback(value) for value in net_settings().values()) else []),
         "-",
     ]  # fmt: skip
 
@@ -281,7 +336,7 @@ class BuildLog:
     def last_lines(self) -> list[str]:
         """What the failed step said; the proxy in use too, a common cause."""
         lines = shell.tail(list(self._said.get(self._failed, self._lines))).splitlines()
-        proxy = next((value for name, value in _net_settings().items() if name.lower() == "https_proxy"), "")
+        proxy = next((value for name, value in net_settings().items() if name.lower() == "https_proxy"), "")
         return [*lines, *([f"the build used the proxy {_without_password(proxy)}: is it right?"] if proxy else [])]
 
     def _end_step(self, number: str, state: str) -> None:
@@ -295,20 +350,22 @@ class BuildLog:
 def _build_secrets() -> Iterator[dict[str, Path]]:
     """What a build needs of the host to reach the network, as BuildKit secrets: no layer or history keeps them."""
     with tempfile.TemporaryDirectory(prefix="trainbox-") as folder:
-        secrets = {"ca": bundle} if (bundle := _ca_bundle()) else {}
-        if settings := _net_settings():
+        secrets = {"ca": bundle} if (bundle := ca_bundle()) else {}
+        if settings := net_settings():
             secrets["net"] = Path(folder, "net")
             secrets["net"].touch(mode=0o600)
             secrets["net"].write_text("".join(f"export {name}={_quoted(value)}\n" for name, value in settings.items()))
         yield secrets
 
 
-def _ca_bundle() -> Path | None:
+def ca_bundle() -> Path | None:
+    """The host's certificate authorities, those of a company's proxy among them."""
     named = [os.environ.get(name, "") for name in CA_VARIABLES]
     return next((Path(file) for file in (*named, *CA_FILES) if Path(file).is_file()), None)
 
 
-def _net_settings() -> dict[str, str]:
+def net_settings() -> dict[str, str]:
+    """Proxies and package indexes that the host has set; they may hold passwords."""
     return {name: os.environ[name] for name in NET_VARIABLES if os.environ.get(name)}
 
 
@@ -333,11 +390,15 @@ def _short(text: str) -> str:
 # Facts
 
 
-def _facts(recipe: str, tag: str, found: Mapping[str, Any]) -> ImageFacts:
+def _facts(recipe: str, tag: str, found: Mapping[str, Any], own: Environment) -> ImageFacts:
     layers, labels = tuple(found["RootFS"]["Layers"]), found["Config"].get("Labels") or {}
-    return ImageFacts(
-        tag, found["Id"], layers, labels.get("org.trainbox.root") or f"rootfs:{layers[0]}", hash_locks(recipe), labels
-    )
+    root = labels.get("org.trainbox.root") or f"rootfs:{layers[0]}"
+    return ImageFacts(tag, found["Id"], layers, root, hash_locks(recipe, own), labels, digests(found))
+
+
+def digests(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where registries have an image that the engine describes so. (Newer engines list its local name too.)"""
+    return tuple(sorted(name for name in found.get("RepoDigests") or () if not name.startswith("trainbox/")))
 
 
 def _cuda_args() -> dict[str, str]:

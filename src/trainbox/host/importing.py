@@ -23,12 +23,18 @@ def choose(asked: Choices) -> Choices:
     return asked
 
 
-def _lay(asked: Choices, file: str) -> Choices:
+def read(file: str) -> Overrides:
+    """What a file of overrides says; tells what is not carried over."""
     overrides = read_config(file)
     for line in overrides.left.values():
         ui.warn(f"{file}: not carried over: {line}")
     for note in overrides.notes:
         ui.warn(f"{file}: {note}")
+    return overrides
+
+
+def _lay(asked: Choices, file: str) -> Choices:
+    overrides = read(file)
     if asked.recipe or not overrides.recipes:
         return asked
     try:

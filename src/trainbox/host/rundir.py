@@ -20,14 +20,23 @@ OURS = (
     "final",
     "last",
     "merged",
+    "unfinished",
     "cache",
     "logs",
     "spec.json",
     "result.json",
     "run.json",
+    ".attempt.json",
     "metrics.jsonl",
     "samples.jsonl",
     "samples",
+    "outputs",
+    "launch.json",
+    "sky.yaml",
+    "k8s.yaml",
+    "compose.yaml",
+    "slurm.sh",
+    "slurm.log",
 )
 """What a run leaves besides its checkpoints; a new run takes these away and nothing else."""
 
@@ -54,6 +63,26 @@ def claim(output: Path, *, overwrite: bool) -> Iterator[None]:
             shutil.rmtree(output, ignore_errors=True)
 
 
+LAUNCH = "launch.json"
+"""How a run was started elsewhere: without it, nobody would know which machine to stop."""
+
+
+def _refuse_launched(output: Path) -> None:
+    try:
+        handle = json.loads((output / LAUNCH).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not handle.get("ended"):
+        given = f"OUTPUT={output}"
+        remedy = (
+            f"bring it here and let its machine go: make fetch {given}, or make stop {given}\n"
+            f"if its machine is gone: make stop FORCE=1 {given}"
+        )
+        raise ConfigError(
+            f"is the handle of {handle.get('name')}, which was launched", place=str(output), remedy=remedy
+        )
+
+
 def _make_writable(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -69,13 +98,14 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def lock(output: Path) -> Iterator[None]:
-    """Hold the folder: a second process that trains into it is refused. The lock dies with its process."""
+    """Hold the folder, as long as this process lives: a second one is refused, and a launched run's folder."""
     with (output / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             remedy = "wait for it, or name another folder: OUTPUT=..."
             raise ConfigError("another process trains into it right now", place=str(output), remedy=remedy) from None
+        _refuse_launched(output)
         yield
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -31,6 +32,11 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line that the person should not miss."""
     _print_error(f"warning: {text}", "33")
+
+
+def aside(*, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Where a file's text is to be all of stdout, what is told on the way goes to stderr."""
+    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
 
 
 def fail(error: TrainboxError) -> None:
@@ -93,7 +99,7 @@ class Meter:
         if not self.completed and self.total is None:
             return ""
         if self.unit == "B":
-            return _size(self.completed) + (f" of {_size(self.total)}" if self.total else "")
+            return size(self.completed) + (f" of {size(self.total)}" if self.total else "")
         return f"{self.completed:g}" + (f"/{self.total:g}" if self.total else "") + f" {self.unit}"
 
     def _speed(self) -> list[str]:
@@ -102,7 +108,7 @@ class Meter:
         seconds = max(self._clock() - self._first[0], 1e-6)
         rate = (self.completed - self._first[1]) / seconds
         speed = (
-            f"{_size(rate)}/s"
+            f"{size(rate)}/s"
             if self.unit == "B"
             else f"{rate:.{0 if rate >= 100 else 1 if rate >= 1 else 2}f} {self.unit}/s"
         )
@@ -172,7 +178,8 @@ def _print_error(text: str, colour: str) -> None:
     print(f"\033[{colour}m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes as a person reads them: `12.3 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break

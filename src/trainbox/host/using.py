@@ -18,11 +18,11 @@ from trainbox.host.box import Box, Mount
 from trainbox.host.image import ImageFacts
 from trainbox.host.pipeline import OFFLINE, Engine, on_host, pinned_recipe, recipe_folder, same_image
 from trainbox.host.watch import Watcher
-from trainbox.spec.asking import IMAGES, PICTURES, labels_of, read_config, read_questions, recipe_of
+from trainbox.spec.asking import CUSTOM, IMAGES, PICTURES, labels_of, read_config, read_questions, recipe_of
 from trainbox.spec.events import metrics_text
 from trainbox.spec.images import fault_of, is_image
 from trainbox.spec.load import nearest
-from trainbox.spec.recipe import Model, Recipe
+from trainbox.spec.recipe.sections import Model, Recipe
 from trainbox.spec.run import BOX_MODEL, BOX_OUTPUT, BOX_SPEC, RunSpec, write_json
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
@@ -68,12 +68,16 @@ class Trained:
 def find_trained(folder: Path) -> Trained:
     """Look at a folder. Raises ConfigError where it holds neither model nor adapter."""
     if not folder.is_dir():
-        raise ConfigError("there is no such folder", place=str(folder), remedy="try CHECKPOINT=output/final")
+        remedy = "train first, or name what a run left: CHECKPOINT=OUTPUT/final"
+        raise ConfigError("there is no such folder", place=str(folder), remedy=remedy)
+    path = folder.resolve().parent / "spec.json"
+    spec = RunSpec.read(path) if path.exists() else None
+    if spec and spec.recipe.task == CUSTOM:
+        remedy = f"a program of its own does that: the job's code is in {spec.recipe.script.folder}"  # type: ignore[attr-defined]
+        raise ConfigError("is of a custom job: only its own code knows what it is", place=str(folder), remedy=remedy)
     if not any((folder / name).exists() for name in ("adapter_config.json", "config.json", DIFFUSERS)):
         remedy = "name output/final, a checkpoint, or a folder that merge wrote"
         raise ConfigError("holds neither a model nor an adapter", place=str(folder), remedy=remedy)
-    path = folder.resolve().parent / "spec.json"
-    spec = RunSpec.read(path) if path.exists() else None
     drawing = (folder / DIFFUSERS).exists()
     if drawing and spec is None:
         fault = "no run of Trainbox is around it, so its base model is not known"
@@ -112,7 +116,7 @@ def infer(
 ) -> None:
     """Predict for a prompt, for each row of `source`, or for what is typed."""
     trained = _trained(folder, adapters)
-    if next(iter(trained.values())).recipe.task == PICTURES:
+    if next(iter(trained.values())).recipe.kind == PICTURES:
         _draw(trained, engine_name, gpus, prompt, source, target)
         return
     target = (target or Path("answers.jsonl")).absolute()
@@ -120,7 +124,7 @@ def infer(
     if max_new_tokens:
         command += ["--max-new-tokens", str(max_new_tokens)]
     mounts: tuple[Mount, ...] = ()
-    of_images = next(iter(trained.values())).recipe.task == IMAGES
+    of_images = next(iter(trained.values())).recipe.kind == IMAGES
     if source:
         _check_rows(trained, source, target)
         mounts = (_into_box(source, with_folder=of_images),)
@@ -343,7 +347,7 @@ def _check_rows(trained: dict[str, Trained], source: Path, target: Path) -> None
     """Every row can be predicted from, and names an adapter that is there: found before anything is started."""
     _refuse_existing(target)
     recipe = next(iter(trained.values())).recipe
-    if not source.is_file() and not (recipe.task == IMAGES and source.is_dir()):
+    if not source.is_file() and not (recipe.kind == IMAGES and source.is_dir()):
         raise DataError("there is no such file", place=str(source), remedy="check INPUT=")
     count = 0
     for place, row, _ in read_questions(recipe, source):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -20,8 +21,9 @@ class Watcher:
     env = {"TRAINBOX_EVENTS": "1"}  # noqa: RUF012
     """What makes the box tell events instead of plain lines."""
 
-    def __init__(self, log: Path | None = None) -> None:
-        self._path = log
+    def __init__(self, log: Path | None = None, plan: Callable[[Event], list[str]] | None = None) -> None:
+        """`plan` turns the facts of what is trained into lines; warnings among them begin with `!`."""
+        self._path, self._plan = log, plan
         self._log: TextIO | None = None
         self._bar: ui.Progress | None = None
         self._title = ""
@@ -43,7 +45,7 @@ class Watcher:
     def on_line(self, line: str) -> None:
         """Take one line of the box."""
         event = decode(line)
-        text = to_text(event) if event else line
+        text = self._planned(event) if event and event["event"] == "facts" else to_text(event) if event else line
         if self._log and text:
             with contextlib.suppress(OSError):  # a full disk is the box's to tell
                 self._log.write(text + "\n")
@@ -66,10 +68,21 @@ class Watcher:
             self._error = event
         elif kind == "warn":
             ui.warn(text)
+        elif kind == "facts":
+            pass  # said already
         elif text:
-            if kind != "checkpoint":
+            if kind not in ("checkpoint", "output"):
                 self._close_bar()
             ui.say(text)
+
+    def _planned(self, event: Event) -> str:
+        lines = self._plan(event) if self._plan else to_text(event).splitlines()
+        for line in lines:
+            if line.startswith("!"):
+                ui.warn(line[1:])
+            else:
+                ui.say(line)
+        return "\n".join(lines)
 
     def _move(self, title: str, event: Event) -> None:
         if title != self._title:

@@ -14,7 +14,8 @@ from trainbox.spec.labels import PAIRS, TEXT, WORDS
 from trainbox.spec.load import nearest
 from trainbox.spec.pairs import KNOWN, flattened
 from trainbox.spec.reading import optional_text, parsed, text_of
-from trainbox.spec.recipe import RECIPES, Recipe
+from trainbox.spec.recipe import RECIPES
+from trainbox.spec.recipe.sections import Recipe
 from trainbox.spec.rows import Row, read_rows
 from trainbox.spec.run import box
 
@@ -22,14 +23,16 @@ Question = dict[str, Any]
 """For chats `messages` (and `tools`); for plain text and labels `text` (and `text_pair`); `tokens`; `input`; `image`,
 a path."""
 IMAGES = "image-classification"
-"""The task that asks about files, not rows."""
+"""The kind that asks about files, not rows."""
 PICTURES = "text-to-image"
-"""The task that answers with files."""
+"""The kind that answers with files."""
+CUSTOM = "custom"
+"""The kind whose own code alone knows what it learned."""
 
 
 def read_questions(recipe: Recipe, path: Path) -> Iterator[tuple[str, Row, Question]]:
     """Every row of a file as it is, with its place and what it asks. Raises DataError for one that asks nothing."""
-    if recipe.task == IMAGES:
+    if recipe.kind == IMAGES:
         for place, row, image in read_images(path):
             if fault := fault_of(str(image)):
                 raise DataError(fault, place=str(image), remedy="repair or remove it")
@@ -42,16 +45,16 @@ def read_questions(recipe: Recipe, path: Path) -> Iterator[tuple[str, Row, Quest
 def to_question(recipe: Recipe, row: Row, place: str) -> Question:
     """What a row asks. Raises DataError where it has nothing to go by; an answer that it has is left out."""
     renamed = {ours: row[theirs] for ours, theirs in recipe.data.columns.items() if theirs in row}
-    return QUESTIONS[recipe.task](recipe, {**row, **renamed}, place)
+    return QUESTIONS[recipe.kind](recipe, {**row, **renamed}, place)
 
 
 def typed(recipe: Recipe, text: str) -> Question:
     """What a person typed."""
-    if recipe.task in CHATS and not is_plain(recipe):
+    if recipe.kind in CHATS and not is_plain(recipe):
         return {"messages": [{"role": "user", "content": text}]}
-    if recipe.task == IMAGES:
+    if recipe.kind == IMAGES:
         return {"image": str(box(text))}
-    return {"input" if recipe.task == "seq2seq" else "text": text}
+    return {"input" if recipe.kind == "seq2seq" else "text": text}
 
 
 def is_plain(recipe: Recipe) -> bool:
@@ -150,7 +153,7 @@ QUESTIONS: dict[str, Callable[[Recipe, Row, str], Question]] = {
     "seq2seq": _input,
     PICTURES: _prompt,
 }
-"""A new training method adds what it is asked."""
+"""A new kind of rows adds what it is asked."""
 
 
 # Folders of other making
@@ -194,13 +197,16 @@ def labels_of(folder: Path) -> list[str]:
     return [str(names[number]) for number in sorted(names, key=int)]
 
 
+PUBLISHED = "take the file that is published with the model"
+
+
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object beside a model; empty where it is absent. Raises ConfigError for a file that is none."""
     path = folder / name
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise ConfigError(f"is not JSON: {error}", place=str(path)) from None
+        raise ConfigError(f"is not JSON: {error}", place=str(path), remedy=PUBLISHED) from None
     if not isinstance(value, dict):
-        raise ConfigError("is not a JSON object", place=str(path))
+        raise ConfigError("is not a JSON object", place=str(path), remedy=PUBLISHED)
     return value

@@ -9,7 +9,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from trainbox.spec.recipe import CaptionedData
+from trainbox.spec.recipe.diffusion import CaptionedData
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from trainbox.errors import DataError
 from trainbox.spec.buckets import enlargement, place
 from trainbox.spec.images import ENDINGS, FewUnreadable, is_image, size_of
 from trainbox.spec.reading import SPLIT_NAMES, Example, Found, Reader
-from trainbox.spec.recipe import Subset, TextToImageRecipe
+from trainbox.spec.recipe.diffusion import Subset, TextToImageRecipe
 
 KOHYA = re.compile(r"(\d+)_(.+)")
 REGULARIZATION = ("regularization", "reg")

@@ -18,7 +18,7 @@ from trainbox.spec.load import is_path
 from trainbox.spec.pairs import PairReader
 from trainbox.spec.preferences import PreferenceReader, PromptReader
 from trainbox.spec.reading import Reader
-from trainbox.spec.recipe import Recipe
+from trainbox.spec.recipe.sections import Recipe
 
 Splits = dict[str, list[Path]]
 
@@ -44,7 +44,7 @@ def find_splits(recipe: Recipe, folder: Path, *, training: bool = True) -> Split
 
     Raises DataError where a path is absent, or a folder holds no data file (for `training`, none to train on).
     """
-    kind, data = READERS_BY_TASK[recipe.task], recipe.data
+    kind, data = READERS_BY_KIND[recipe.kind], recipe.data
     splits: Splits = {}
     for path in data.paths:
         for split, files in _splits_of(resolve(path, folder), kind).items():
@@ -121,10 +121,10 @@ def _check_held_out(recipe: Recipe, rows: int) -> None:
 
 def reader(recipe: Recipe) -> Reader[Any]:
     """The reader of a recipe's rows."""
-    return READERS_BY_TASK[recipe.task](recipe)
+    return READERS_BY_KIND[recipe.kind](recipe)
 
 
-READERS_BY_TASK: dict[str, type[Reader[Any]]] = {
+READERS_BY_KIND: dict[str, type[Reader[Any]]] = {
     "sft": ChatReader,
     "preference": PreferenceReader,
     "grpo": PromptReader,
@@ -135,7 +135,7 @@ READERS_BY_TASK: dict[str, type[Reader[Any]]] = {
     "seq2seq": PairReader,
     "text-to-image": CaptionReader,
 }
-"""A new training method adds its reader."""
+"""A new kind of rows adds its reader."""
 
 
 def whole(recipe: Recipe, splits: Splits) -> Splits:
@@ -146,7 +146,7 @@ def whole(recipe: Recipe, splits: Splits) -> Splits:
 
 def hash_splits(recipe: Recipe, splits: Splits) -> str:
     """sha256 over every file's split, name and content."""
-    digest, name_of = hashlib.sha256(), READERS_BY_TASK[recipe.task].name_of
+    digest, name_of = hashlib.sha256(), READERS_BY_KIND[recipe.kind].name_of
     for split, files in sorted(splits.items()):
         for path in files:
             digest.update(f"{split}/{name_of(path)}\0{hash_file(path)}\n".encode())

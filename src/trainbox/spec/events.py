@@ -31,7 +31,8 @@ def to_text(event: Event) -> str:
     """A plain line for a person; empty for events that only move a bar."""
     kind = event.get("event")
     if kind == "metrics":
-        return f"step {event['step']}/{event['total']}  {metrics_text(event['metrics'])}"
+        of = f"/{event['total']}" if event["total"] else ""
+        return f"step {event['step']}{of}  {metrics_text(event['metrics'], every=event.get('every', False))}"
     if kind == "progress":
         done, total = event["done"], event.get("total")
         return f"{event['title']}: {done:,}{f'/{total:,}' if total else ''} {event.get('unit', '')}".rstrip()
@@ -44,9 +45,9 @@ def to_text(event: Event) -> str:
     return str(event.get("text", ""))
 
 
-def metrics_text(metrics: dict[str, Any]) -> str:
-    """`loss 1.234  eval_loss 1.1`: the figures worth a look, those of an evaluation all."""
-    shown = {SHOWN.get(key, key): value for key, value in metrics.items() if key in SHOWN or _is_score(key)}
+def metrics_text(metrics: dict[str, Any], *, every: bool = False) -> str:
+    """`loss 1.234  eval_loss 1.1`: the figures worth a look (or every one), those of an evaluation all."""
+    shown = {SHOWN.get(key, key): value for key, value in metrics.items() if every or key in SHOWN or _is_score(key)}
     return "  ".join(f"{name} {_figure(value)}" for name, value in shown.items())
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from trainbox.errors import ConfigError
-from trainbox.spec.recipe import RECIPES, Generation, Optimizer, Schedule, Training
+from trainbox.spec.recipe import RECIPES
+from trainbox.spec.recipe.sections import Generation, Optimizer, Schedule, Training
 from trainbox.spec.tree import Lines, Tree, fields, names_of
 
 Given = Mapping[str, Any]
@@ -79,9 +80,16 @@ TASKS = {
     "token-classifier": "token-classification",
     "seq2seq": "seq2seq",
     **dict.fromkeys(("sdxl-lora", "sd15-lora", "flux-lora", "z-image-lora"), "text-to-image"),
+    "sdxl-lora-kohya": "kohya",
+    "flux-lora-ai-toolkit": "ai-toolkit",
 }
 """Of the recipes that a file of another tool can mean."""
-PATHS = {"model": ("name",), "data": ("path", "validation_file", "test_file")}
+PATHS = {
+    "model": ("name",),
+    "data": ("path", "validation_file", "test_file"),
+    "script": ("folder",),
+    "trainer": ("repository",),
+}
 """Fields that may hold a path."""
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from trainbox.errors import DataError
 from trainbox.spec.load import nearest
 from trainbox.spec.reading import Example, Reader, find_column, optional_text, parsed, text_of
-from trainbox.spec.recipe import ChatData, MaskedLmRecipe, SftRecipe
+from trainbox.spec.recipe.encoder import MaskedLmRecipe
+from trainbox.spec.recipe.llm import ChatData, SftRecipe
 from trainbox.spec.rows import Row
 
 Message = dict[str, Any]
@@ -29,11 +30,20 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The columns that a format must have; the first format whose columns are all there is it."""
 
 
 class ChatReader(Reader[SftRecipe]):
     """Rows of any known format; the first row of a file shows which."""
 
+    columns = (*(name for names in COLUMNS.values() for name in names), "input", "system", "history", "tools")
     _format = ""
     _needed: frozenset[str] = frozenset()
 
@@ -53,6 +63,8 @@ class ChatReader(Reader[SftRecipe]):
 
 class TextReader(Reader[MaskedLmRecipe]):
     """Plain text: files of it, or rows with a column `text`."""
+
+    columns = ("text",)
 
     def to_example(self, row: Row, place: str) -> Example:
         """`{"text": ...}`."""
@@ -230,15 +242,6 @@ def _answer(row: Row, column: str, place: str) -> str:
         raise DataError(fault, place=place, remedy="remove the row or give it an answer")
     return value
 
-
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "chat": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-"""The columns that a format must have; the first format whose columns are all there is it."""
 
 CONVERTERS: dict[str, Callable[[Row, str], Example]] = {
     "chat": _chat,

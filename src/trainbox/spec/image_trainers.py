@@ -11,7 +11,7 @@ from typing import Any
 
 from trainbox.spec.foreign import OUTPUT, SCHEDULE, Given, Outcome, Rule, Source, Why, is_on
 
-RECIPES = ("sdxl-lora", "sd15-lora", "flux-lora", "z-image-lora")
+RECIPES = ("sdxl-lora", "sd15-lora", "flux-lora", "z-image-lora", "sdxl-lora-kohya", "flux-lora-ai-toolkit")
 CACHED = Why("latents and text embeddings are cached where data.cache is true, as it is")
 SUBSET = {
     **{name: f"data.subsets[].{name}" for name in (

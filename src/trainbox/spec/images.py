@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from trainbox.errors import DataError
 from trainbox.spec.labels import ANOTHER_COLUMN, LABEL, ClassReader
 from trainbox.spec.reading import SPLIT_NAMES, Example, Found, Reader, find_column, text_of
-from trainbox.spec.recipe import ImageClassifierRecipe
+from trainbox.spec.recipe.encoder import ImageClassifierRecipe
 from trainbox.spec.rows import Row, read_rows
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -109,6 +109,7 @@ class ImageReader(FewUnreadable, ClassReader[ImageClassifierRecipe]):
     """`{"image": path, "labels": [...]}`, from a folder for each label, or from a table of paths and labels."""
 
     endings = (*ENDINGS, *TABLES)
+    columns = ("path", "label")
 
     def __init__(self, recipe: ImageClassifierRecipe) -> None:
         super().__init__(recipe)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from trainbox.errors import ConfigError, DataError
 from trainbox.spec.load import nearest
 from trainbox.spec.reading import Example, Found, Reader, find_column, parsed, text_of
-from trainbox.spec.recipe import ImageClassifierRecipe, TextClassifierRecipe, TokenClassifierRecipe
+from trainbox.spec.recipe.encoder import ImageClassifierRecipe, TextClassifierRecipe, TokenClassifierRecipe
 from trainbox.spec.rows import Placed, Row, read_rows
 
 TEXT = ("text", "sentence", "review", "content", "comment", "message", "document")
@@ -149,6 +149,8 @@ ANOTHER_COLUMN = "name another column: SET=\"data.columns='{label: YOUR_COLUMN}'
 class LabelReader(ClassReader[TextClassifierRecipe]):
     """`{"text": ..., "labels": [...]}`, and `text_pair` where a row has a second text."""
 
+    columns = ("text", "text_pair", "label")
+
     def __init__(self, recipe: TextClassifierRecipe) -> None:
         super().__init__(recipe)
         self._columns: tuple[str, str | None, str] | None = None
@@ -205,6 +207,8 @@ IOB = re.compile(r"O|[BIESLU]-.+")
 
 class TagReader(Reader[TokenClassifierRecipe]):
     """`{"tokens": [...], "tags": [...]}`, of one length."""
+
+    columns = ("tokens", "tags")
 
     def __init__(self, recipe: TokenClassifierRecipe) -> None:
         super().__init__(recipe)

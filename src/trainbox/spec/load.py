@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from trainbox.spec.axolotl import AXOLOTL
 from trainbox.spec.foreign import PATHS, PEFT, PLAIN, Overrides, translate
 from trainbox.spec.image_trainers import AI_TOOLKIT, KOHYA
 from trainbox.spec.llama_factory import FACTORY
-from trainbox.spec.recipe import RECIPES, Recipe, Section
+from trainbox.spec.recipe import RECIPES
+from trainbox.spec.recipe.sections import Recipe, Section
 from trainbox.spec.tree import YAML_FAULTS, Loader, Tree, fields, merge, names_of, read_tree, read_yaml, section_of
 
 SOURCES = (KOHYA, AI_TOOLKIT, AXOLOTL, FACTORY, PEFT, PLAIN)
@@ -37,6 +38,12 @@ class Choices:
     set: tuple[str, ...] = ()
     config: str = ""
     """A file of overrides: over the profile, under the other choices."""
+
+
+def asked(choices: Choices, names: Iterable[str]) -> str:
+    """These of the choices as `make` takes them from a POSIX shell: `RECIPE=llm-qlora SET='lora.r=8 lora.alpha=16'`."""
+    values = {**vars(choices), "set": shlex.join(choices.set)}
+    return " ".join(f"{name.upper()}={shlex.quote(values[name])}" for name in names if values[name])
 
 
 def load_recipe(folder: Path, choices: Choices, overrides: Overrides | None = None) -> Recipe:
@@ -66,11 +73,13 @@ def load_recipe(folder: Path, choices: Choices, overrides: Overrides | None = No
     files = [file for file in (choices.config, choices.data if describes(choices.data) else "") if file]
     for laid in [overrides] if overrides else map(read_config, files):
         _refuse_another_recipe(laid, choices, tree.get("task"))
-        tree = merge(tree, _whole_sources(laid.tree))
+        tree = merge(_without_old(tree, laid.tree), laid.tree)
         origin = _later(origin, laid.origin)
-    tree = merge(tree, _named_overrides(choices))
-    for setting in choices.set:
-        key, value = parse_setting(setting)
+    named = _named_overrides(choices)
+    tree = merge(_without_old(tree, named), named)
+    settings = [parse_setting(setting) for setting in choices.set]
+    tree = _without_old(tree, {"script": {key.removeprefix("script."): None for key, _ in settings}})
+    for key, value in settings:
         tree = _assign(tree, key.split("."), value, key)
         origin = _later(origin, {key: f"--set {key}"})
         origin.setdefault(key.partition(".")[0], f"--set {key}")
@@ -163,17 +172,24 @@ def _named_overrides(choices: Choices) -> Tree:
         # Absolute, so that a folder of the recipe with the same name is not taken for it.
         name = os.path.realpath(name) if is_path(name) else name
         over["data"] = {"path": name, "revision": revision}
-    return _whole_sources(over)
+    return over
 
 
-def _whole_sources(over: Tree) -> Tree:
-    """A source that is named anew has none of the old one's pins and files."""
-    pins = {"model": ("name", "revision", "sha256"), "data": ("path", "revision", "validation_file", "test_file")}
-    out = dict(over)
-    for section, (name, *others) in pins.items():
-        below = over.get(section)
-        if isinstance(below, dict) and name in below:
-            out[section] = {**dict.fromkeys(others), **below}
+SOURCES_OF = {
+    "model": ("name", "revision", "sha256"),
+    "data": ("path", "revision", "validation_file", "test_file"),
+    "script": ("folder", "file", "command", "arguments"),
+}
+"""By section the field that names a source, and those that only go with it."""
+
+
+def _without_old(tree: Tree, over: Tree) -> Tree:
+    """The tree less what goes with a source in the place of which `over` names another."""
+    out = dict(tree)
+    for section, (name, *others) in SOURCES_OF.items():
+        new, old = over.get(section), tree.get(section)
+        if isinstance(new, dict) and name in new and isinstance(old, dict):
+            out[section] = {key: value for key, value in old.items() if key not in others}
     return out
 
 
@@ -200,14 +216,17 @@ def split_settings(text: str) -> tuple[str, ...]:
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
-    """`lora.r=8` as ("lora.r", 8); the value is read as YAML."""
+    """`lora.r=8` as ("lora.r", 8); the value is read as YAML, of one line: words with a colon or a space are words."""
     key, equals, value = setting.partition("=")
     if not equals or not key:
         raise ConfigError(f"{setting!r} is not key=value", place="--set", remedy='write SET="training.max_steps=40"')
     try:
-        return key, yaml.load(value, Loader=Loader)  # noqa: S506 (a SafeLoader)
+        read = yaml.load(value, Loader=Loader)  # noqa: S506 (a SafeLoader)
     except YAML_FAULTS:
         return key, value
+    plain = isinstance(read, str) and read == value.strip()
+    block = isinstance(read, dict | list) and value.lstrip()[:1] not in "{["
+    return key, value if plain or block else read
 
 
 def _assign(tree: Tree, keys: list[str], value: Any, dotted: str) -> Tree:
@@ -253,7 +272,8 @@ def _explain_first(error: ValidationError, cls: type[Recipe], origin: Mapping[st
     while not unknown and not _aliases_of(dotted, cls) and "." in dotted:
         dotted = dotted.rpartition(".")[0]  # the loc went on into a union's member or a mapping's key
     exact = ".".join(str(part) for part in first["loc"])  # with the place in a list of sections
-    candidates = [key for key in origin if key in (exact, dotted, *_aliases_of(dotted, cls))]
+    inside = [key for key in origin if key.startswith(f"{dotted}.") and f"{exact}.".startswith(f"{key}.")]
+    candidates = [key for key in origin if key in (*inside, dotted, *_aliases_of(dotted, cls))]
     key = candidates[-1] if candidates else exact if re.search(r"\.\d+\.", exact) else dotted
     dotted = _shown(dotted, cls)
     while key and key not in origin and "." in key:

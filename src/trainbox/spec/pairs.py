@@ -8,7 +8,7 @@ from typing import Any
 from trainbox.errors import DataError
 from trainbox.spec.load import nearest
 from trainbox.spec.reading import Example, Reader, parsed, text_of
-from trainbox.spec.recipe import Seq2SeqRecipe
+from trainbox.spec.recipe.encoder import Seq2SeqRecipe
 from trainbox.spec.rows import Row
 
 KNOWN = {
@@ -27,6 +27,8 @@ KNOWN = {
 
 class PairReader(Reader[Seq2SeqRecipe]):
     """`{"input": ..., "target": ...}`; the first row of a file shows which columns they are."""
+
+    columns = ("input", "target")
 
     def __init__(self, recipe: Seq2SeqRecipe) -> None:
         super().__init__(recipe)

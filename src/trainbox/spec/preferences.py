@@ -9,7 +9,7 @@ from trainbox.errors import DataError
 from trainbox.spec.formats import Message, is_blank, is_chat, message_of, tools_of
 from trainbox.spec.load import nearest
 from trainbox.spec.reading import Example, Found, Reader, optional_text, parsed, text_of
-from trainbox.spec.recipe import GrpoRecipe, PreferenceRecipe
+from trainbox.spec.recipe.llm import GrpoRecipe, PreferenceRecipe
 from trainbox.spec.rows import Row
 
 GOOD = {
@@ -22,6 +22,8 @@ GOOD = {
 class PreferenceReader(Reader[PreferenceRecipe]):
     """`{"prompt": [messages], "chosen": [messages], "rejected": [messages]}`, with `tools` if any; for kto
     `{"prompt": [messages], "completion": [messages], "label": bool}`."""
+
+    columns = ("prompt", "chosen", "rejected", "completion", "label", "system", "tools")
 
     def __init__(self, recipe: PreferenceRecipe) -> None:
         super().__init__(recipe)

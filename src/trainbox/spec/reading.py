@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from trainbox.errors import DataError
 from trainbox.spec.load import nearest
-from trainbox.spec.recipe import Recipe
+from trainbox.spec.recipe.sections import Recipe
 from trainbox.spec.rows import READERS, Placed, Row, parse_json, read_rows
 
 Example = dict[str, Any]
@@ -47,6 +47,8 @@ class Reader(Generic[R]):
 
     endings: ClassVar[Sequence[str]] = tuple(READERS)
     """Of the files that hold rows."""
+    columns: ClassVar[Sequence[str]] = ()
+    """What `data.columns` may name; nothing: whatever the rows have."""
 
     @classmethod
     def files_in(cls, folder: Path) -> list[Path]:

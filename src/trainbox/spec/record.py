@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from trainbox.spec.run import RunSpec, hash_json, write_json
 
 RESULT = "result.json"
 RECORD = "run.json"
+BEGUN = ".attempt.json"
+"""There while an attempt goes on, and after one that was killed before it could say how it ended."""
 
 
 def write_result(output: Path, spec: RunSpec, outcome: dict[str, Any]) -> None:
@@ -20,12 +23,29 @@ def write_result(output: Path, spec: RunSpec, outcome: dict[str, Any]) -> None:
     artifacts = {f"final/{name}": digest for name, digest in hash_folder(final).items()} if final.is_dir() else {}
     result = outcome | {"artifacts": artifacts}
     write_json(output / RESULT, result)
-    attempts = [*_read(output / RECORD).get("attempts", []), _attempt(result)]
+    attempts = [*_read(output / RECORD).get("attempts", []), *_read(output / BEGUN).get("lost", []), _attempt(result)]
     write_json(output / RECORD, _record(spec, result, attempts))
+    (output / BEGUN).unlink(missing_ok=True)
+
+
+def begin(output: Path, started: datetime) -> None:
+    """Note that an attempt begins; those that were killed before it are kept for the record."""
+    write_json(output / BEGUN, {"started": started.isoformat(), "lost": lost(output)})
+
+
+def lost(output: Path) -> list[dict[str, Any]]:
+    """Attempts that never said how they ended, and are not in the record: each until its last sign of life."""
+    begun = _read(output / BEGUN)
+    if not begun:
+        return []
+    signs = [output / BEGUN, output / "metrics.jsonl", *output.glob("checkpoint-*")]
+    last = max(path.stat().st_mtime for path in signs if path.exists())
+    ended = datetime.fromtimestamp(last, UTC).isoformat()
+    return [*begun.get("lost", []), {"status": "killed", "started": begun["started"], "ended": ended}]
 
 
 def _attempt(result: dict[str, Any]) -> dict[str, Any]:
-    keys = ("status", "exit_code", "started", "ended", "resumed_from", "environment", "error")
+    keys = ("status", "exit_code", "started", "ended", "resumed_from", "world", "strategy", "environment", "error")
     return {key: result[key] for key in keys if key in result}
 
 

@@ -13,7 +13,9 @@ from typing import Any
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 
 from trainbox.errors import ConfigError
-from trainbox.spec.recipe import RECIPES, Recipe, Section
+from trainbox.spec.gpu_config import Step
+from trainbox.spec.recipe import RECIPES
+from trainbox.spec.recipe.sections import Recipe, Section
 
 
 class ModelSource(Section):
@@ -57,11 +59,17 @@ class DataSource(Section):
     """What is odd about the rows, yet can be learned."""
     code: list[str] = Field(default_factory=list)
     """Paths inside the box of the user's own Python that the run needs."""
+    script_root: str = ""
+    """Folder inside the box of a custom job's own code."""
+    script_files: dict[str, str] = Field(default_factory=dict)
+    """sha256 of each file of it, by its path below that folder."""
 
 
 FREE: Any = {
     "description": True,
+    "distributed": True,
     "limits": True,
+    "budget": True,
     "training": {"report_to", "save_total_limit", "dataloader_num_workers"},
 }
 """Fields of a recipe that the weights do not depend on: resume takes them as they are now."""
@@ -69,11 +77,14 @@ FREE: Any = {
 
 def freed(recorded: Recipe, current: Recipe) -> Recipe:
     """The recorded recipe with the free fields of the current one."""
-    training = {name: getattr(current.training, name) for name in FREE["training"]}
+    known = FREE["training"] & type(current.training).model_fields.keys()
+    training = {name: getattr(current.training, name) for name in known}
     return recorded.model_copy(
         update={
             "description": current.description,
+            "distributed": current.distributed,
             "limits": current.limits,
+            "budget": current.budget,
             "training": recorded.training.model_copy(update=training),
         }
     )
@@ -90,6 +101,16 @@ class RunSpec(Section):
     recipe: SerializeAsAny[Recipe]
     model: ModelSource
     data: DataSource
+    setup: list[Step] = Field(default_factory=list)
+    """gpu.jsonc's commands of each start."""
+    downloads: list[dict[str, str]] = Field(default_factory=list)
+    """What gpu.jsonc had downloaded, each with what pins it."""
+    environment: str = ""
+    """Hash of what gpu.jsonc adds to the image and to each start."""
+    min_vram: float | None = None
+    """GB that each GPU has to have, gpu.jsonc's."""
+    outputs: list[str] = Field(default_factory=list)
+    """Folders below /workspace that are kept, besides the output itself."""
     origin: dict[str, Any] = Field(default_factory=dict)
     """Image, layers, locks, engine, git revision, machine: what the host knows."""
 
@@ -102,11 +123,14 @@ class RunSpec(Section):
     @property
     def identity(self) -> dict[str, str]:
         """What must be the same for a resumed run to be the same run."""
+        code = {"code": hash_json(self.data.script_files)} if self.data.script_files else {}
         return {
             "recipe": hash_json(self.recipe.model_dump(mode="json", exclude=FREE)),
             "data": self.data.hash,
+            **code,
             "base model": self.model.hash,
             "image": image_identity(self.origin.get("image", {})),
+            **({"downloads": hash_json(self.downloads)} if self.downloads else {}),
         }
 
     @property
@@ -132,7 +156,8 @@ class RunSpec(Section):
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"cannot be read: {error.strerror}", place=str(path)) from None
+            remedy = "name a run's folder: OUTPUT=..."
+            raise ConfigError(f"cannot be read: {error.strerror}", place=str(path), remedy=remedy) from None
         except (ValidationError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise ConfigError(f"is not a run's spec: {first}", place=str(path), remedy="start a new run") from None
@@ -166,16 +191,30 @@ UNWANTED = [
 ]  # fmt: skip
 """Files of a hub model that hold its weights once more, or pickled: never downloaded, never loaded."""
 
+SETUP = "setup.json"
+"""Beside an image's recipe: the commands of each start, for one that is run by hand."""
 BOX_MODEL = "/model"
+BOX_WORKSPACE = "/workspace"
+"""Where a project's files, downloads and other trainers lie, as with GPU CLI."""
+BOX_JOB = "/opt/job"
+"""The environment of a project's own packages, laid over the base's."""
 BOX_SPEC = "/spec.json"
 """Where infer and merge find the spec of the run that trained."""
 BOX_DATA = "/data"
+BOX_CODE = "/code"
+"""Folder of a custom job's own code."""
 BOX_OUTPUT = "/output"
 BOX_CACHE = "/cache"
 ITEMS = "items"
 """Folder of the cache whose files are each whole by themselves: latents, embeddings."""
 
 
+OWN_FOLDER = "TRAINBOX_NODE_FOLDER"
+"""Set on all nodes but the first: what they write goes into a folder of their own, for /output may be shared."""
+
+
 def box(path: str) -> Path:
     """A path of the box as it really is: the local engine, which has no container, sets TRAINBOX_ROOT."""
+    if (own := os.environ.get(OWN_FOLDER)) and path.split("/")[:2] == BOX_OUTPUT.split("/"):
+        return Path(own + path.removeprefix(BOX_OUTPUT))
     return Path(os.environ.get("TRAINBOX_ROOT", "") + path)

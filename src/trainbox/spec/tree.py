@@ -12,7 +12,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from trainbox.errors import ConfigError
-from trainbox.spec.recipe import Section
+from trainbox.spec.recipe.sections import Section
 
 
 class Loader(yaml.SafeLoader):
@@ -99,6 +99,18 @@ def read_yaml(path: Path, place: str) -> tuple[Tree, Lines]:
         raise ConfigError(f"is not YAML: {error.problem}", place=at) from None
     except YAML_FAULTS as error:
         raise ConfigError(f"is not YAML: {str(error).partition(chr(10))[0]}", place=place) from None
+
+
+def read_lines(text: str, place: str) -> Lines:
+    """The line of every dotted key of a JSON text: JSON is YAML, but for tabs between the values.
+
+    Raises ConfigError with the line of a key that is given twice.
+    """
+    try:
+        node = yaml.compose(text.expandtabs(), Loader=Loader)
+        return dict(_key_lines(node, "", place)) if isinstance(node, yaml.MappingNode) else {}
+    except YAML_FAULTS:
+        return {}
 
 
 def _key_lines(node: yaml.MappingNode, prefix: str, place: str) -> Iterator[tuple[str, int]]:

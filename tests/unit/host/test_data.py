@@ -6,14 +6,13 @@ from PIL import Image
 from trainbox.errors import DataError
 from trainbox.host import data
 from trainbox.spec.load import Choices, load_recipe
-from trainbox.spec.recipe import GrpoRecipe, SftRecipe, TextClassifierRecipe, TextToImageRecipe, TokenClassifierRecipe
+from trainbox.spec.recipe.diffusion import TextToImageRecipe
+from trainbox.spec.recipe.encoder import TextClassifierRecipe, TokenClassifierRecipe
+from trainbox.spec.recipe.llm import GrpoRecipe, SftRecipe
 
 ROW = {"instruction": "Who?", "output": "Me."}
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRAINBOX_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write(path, *rows):

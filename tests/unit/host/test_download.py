@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from trainbox.errors import ConfigError, EngineError, HardwareError
-from trainbox.host import download
-from trainbox.spec.recipe import Model
+from trainbox.host import download, paths
+from trainbox.spec.recipe.sections import Model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -63,7 +63,10 @@ class Hub(BaseHTTPRequestHandler):
         return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
 
     def _info(self, name, files):
-        siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
+        large = {file: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+                 for file, data in files.items() if len(data) > 1000}  # fmt: skip
+        siblings = [{"rfilename": file, "size": len(data), **({"lfs": large[file]} if file in large else {})}
+                    for file, data in files.items()]  # fmt: skip
         info = {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
         return json.dumps({**info, "gated": "manual" if "gated" in name else False}).encode()
 
@@ -137,6 +140,37 @@ def test_a_hub_model_is_pinned_to_its_commit_and_hashed_without_pickled_copies(h
     assert set(source.files) == {"config.json", "model.safetensors", "README.md"}
     assert source.files["config.json"] == hashlib.sha256(FILES["config.json"]).hexdigest()
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_of_a_model_that_is_only_planned_no_weights_are_downloaded(hub, tmp_path):
+    folder = download.configs(Model(name="org/tiny"), tmp_path)
+    assert [path.name for path in folder.iterdir() if path.name != download.FACTS] == ["config.json"]
+    _, whole = fetch("org/tiny")
+    assert download.configs(Model(name="org/tiny"), tmp_path) == whole
+
+
+def test_a_launch_pins_a_hub_model_and_the_hashes_that_the_hub_tells_without_its_weights(hub):
+    found = download.resolve(Model(name="org/tiny", revision="v1"))
+    weights = hashlib.sha256(FILES["model.safetensors"]).hexdigest()
+    assert found.revision == COMMIT
+    assert found.files == {"config.json": "", "model.safetensors": weights, "README.md": ""}
+    assert not [path for path, _ in hub.asked if "/resolve/" in path]
+
+
+def test_of_a_repository_only_what_the_globs_allow_is_downloaded(hub):
+    folder, commit = download.snapshot("org/tiny", None, ["model*.safetensors"], 60)
+    assert (commit, [path.name for path in folder.iterdir() if path.name != download.FACTS]) == (
+        COMMIT, ["model.safetensors"],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"no file matches \*\.ckpt"):
+        download.snapshot("org/tiny", None, ["*.ckpt"], 60)
+
+
+def test_a_download_from_the_hub_ends_at_its_timeout_and_nothing_is_complete(hub):
+    with pytest.raises(EngineError, match="no end within its timeout of 1e-06 s") as caught:
+        download.snapshot("org/tiny", None, [], 1e-6)
+    assert "goes on where it stopped" in str(caught.value)
+    assert not list(paths.cache().glob(f"models/*/{download.FACTS}"))
 
 
 def test_a_pinned_commit_that_is_here_asks_nobody(hub):

@@ -30,7 +30,7 @@ def test_the_whole_run_line() -> None:
         mounts=(Mount(Path("/home/a,b"), "/data"), Mount(Path("/home/out"), "/output", read_only=False)),
         env={"B": "2 3", "A": "1"},
         secrets={"HF_TOKEN": "secret"},
-        gpus=True,
+        gpus="all",
         memory="8g",
         cpus=1.5,
     )
@@ -132,7 +132,7 @@ def test_gpus_without_their_toolkit_are_a_hardware_error(monkeypatch: pytest.Mon
     line = 'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]].'
     found, seen = runs(monkeypatch, code=125, lines=(line,), state={"Status": "created", "ExitCode": 0})
     with pytest.raises(HardwareError, match="cannot hand GPUs"):
-        found.run(Box("i", (), gpus=True), print)
+        found.run(Box("i", (), gpus="all"), print)
     assert seen["removed"][0] == "c0ffee"
 
 

@@ -7,6 +7,9 @@ import pytest
 from trainbox.errors import ConfigError, HardwareError
 from trainbox.host import hardware
 from trainbox.host.hardware import Gpu
+from trainbox.spec.recipe.custom import CustomRecipe
+from trainbox.spec.recipe.llm import SftRecipe
+from trainbox.spec.recipe.sections import Distributed, Training
 
 RTX = "NVIDIA GeForce RTX 4090, 24564, 580.65.06, 8.9"
 LABELS = {"org.trainbox.min-driver": "580.65.06", "org.trainbox.compute-capabilities": "7.5 8.0 9.0"}
@@ -39,17 +42,17 @@ def test_no_gpu_without_nvidia_smi_or_when_it_fails(smi, monkeypatch: pytest.Mon
     assert hardware.gpus() == []
     monkeypatch.setenv("PATH", "/nonexistent")
     assert hardware.gpus() == []
-    assert hardware.check("auto", LABELS) is False
-    assert hardware.check("none", LABELS) is False
+    assert hardware.check("auto", LABELS) == ""
+    assert hardware.check("none", LABELS) == ""
     with pytest.raises(HardwareError, match="no GPU was found"):
         hardware.check("all", LABELS)
 
 
 def test_a_fitting_gpu_is_used_unless_unwanted(smi) -> None:  # type: ignore[no-untyped-def]
     smi(RTX)
-    assert hardware.check("auto", LABELS) is True
-    assert hardware.check("all", LABELS) is True
-    assert hardware.check("none", LABELS) is False
+    assert hardware.check("auto", LABELS) == "all"
+    assert hardware.check("all", LABELS) == "all"
+    assert hardware.check("none", LABELS) == ""
 
 
 def test_an_old_driver_is_told_before_the_start(smi) -> None:  # type: ignore[no-untyped-def]
@@ -96,3 +99,28 @@ def test_the_machine_is_described(smi) -> None:  # type: ignore[no-untyped-def]
     assert facts["gpus"] == [
         {"name": "NVIDIA GeForce RTX 4090", "memory_gb": 24.0, "driver": "580.65.06", "compute_capability": "8.9"}
     ]
+
+
+def of(batch: int, **asked: object) -> SftRecipe:
+    training = Training(per_device_train_batch_size=batch, gradient_accumulation_steps=1)
+    return SftRecipe(training=training, distributed=Distributed.model_validate(asked))
+
+
+def test_as_many_gpus_as_are_wanted_and_divide_the_batch(smi, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    smi(*[RTX] * 3)
+    assert hardware.check("auto", LABELS, None, of(6)) == "all"
+    assert hardware.check("2", LABELS, None, of(6)) == "2"
+    assert capsys.readouterr().out == ""
+    assert hardware.check("auto", LABELS, None, of(4)) == "2"
+    assert "2 of 3 GPUs are used: the effective batch of 4 cannot be divided among 3" in capsys.readouterr().out
+    assert hardware.check("auto", LABELS, None, of(4, processes_per_node=1)) == "1"
+    assert hardware.check("auto", LABELS, None, CustomRecipe()) == "all"
+    assert (hardware.count("all"), hardware.count("2"), hardware.count("")) == (3, 2, 0)
+    with pytest.raises(ConfigError, match=r"among 3 processes \(among 1, 2, 4 it can\)\n  for example GPUS=2"):
+        hardware.check("all", LABELS, None, of(4))
+    with pytest.raises(HardwareError, match="GPUS=4: there are 3 GPUs"):
+        hardware.check("4", LABELS, None, of(4))
+    with pytest.raises(HardwareError, match="4 processes want a GPU each, and there are 3"):
+        hardware.check("auto", LABELS, None, of(4, processes_per_node=4))
+    with pytest.raises(ConfigError, match="a number of them"):
+        hardware.check("0", LABELS)

@@ -6,10 +6,7 @@ import pytest
 
 from trainbox.host import hashes
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRAINBOX_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_runs_at_the_same_time_keep_one_anothers_hashes(tmp_path):

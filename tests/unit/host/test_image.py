@@ -301,7 +301,13 @@ def test_every_recipe_can_be_planned() -> None:
 def test_locks_are_refreshed_in_order_and_the_changes_told(
     repo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("requirements", "docker/base/installer", "docker/base/requirements-torch", "recipes/r/requirements"):
+    for name in (
+        "requirements",
+        "requirements-cloud",
+        "docker/base/installer",
+        "docker/base/requirements-torch",
+        "recipes/r/requirements",
+    ):
         (repo / f"{name}.in").write_text("x")
     (repo / "docker/base/requirements.in").write_text("torch")
     seen: list[list[str]] = []
@@ -322,6 +328,7 @@ def test_locks_are_refreshed_in_order_and_the_changes_told(
     ]  # fmt: skip
     assert seen == [
         [*common, "requirements.in", "--output-file", "requirements.lock"],
+        [*common, "requirements-cloud.in", "--output-file", "requirements-cloud.lock"],
         [*common, "installer.in", "--output-file", "installer.lock"],
         [*common, "requirements-torch.in", "--output-file", "requirements-torch.lock"],
         [*common, "--constraint", "requirements-torch.lock", "requirements.in", "--output-file",

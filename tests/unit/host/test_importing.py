@@ -437,7 +437,7 @@ def test_a_recipe_that_is_not_the_files_own_is_refused(here):
 
 def test_a_config_stays_with_its_run_by_its_absolute_path(here):
     chosen = importing.choose(Choices("", config="classification-config.yaml"))
-    asked = pipeline._as_asked(chosen)
+    asked = pipeline.as_asked(chosen)
     recipe = load_recipe(pipeline.recipe_folder(chosen.recipe), chosen)
     model = ModelSource(name="a/b", reference="a/b")
     spec = RunSpec(choices=asked, recipe=recipe, model=model, data=DataSource(files={}, hash="", rows={}))

@@ -1,5 +1,5 @@
 from trainbox.host import pipeline
-from trainbox.spec.recipe import SftRecipe
+from trainbox.spec.recipe.llm import SftRecipe
 from trainbox.spec.run import DataSource, ModelSource, RunSpec, freed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -5,10 +5,7 @@ import pytest
 from trainbox.errors import ConfigError
 from trainbox.host import rundir
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRAINBOX_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def leave_run(output, status="interrupted"):

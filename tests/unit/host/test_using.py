@@ -52,7 +52,7 @@ def merge(adapters, weights=(1, 1), combination="cat", target=None):
 
 
 def test_a_folder_that_is_not_there_or_holds_nothing_trained_is_told(tmp_path):
-    with refused(2, f"{tmp_path}/no", "there is no such folder", "CHECKPOINT=output/final"):
+    with refused(2, f"{tmp_path}/no", "there is no such folder", "CHECKPOINT=OUTPUT/final"):
         infer(tmp_path / "no")
     with refused(2, str(tmp_path), "neither a model nor an adapter", "output/final"):
         infer(tmp_path)

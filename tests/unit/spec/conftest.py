@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, settings
 
 from trainbox.errors import TrainboxError
 from trainbox.spec.load import Choices, load_recipe
-from trainbox.spec.recipe import Lora, Recipe, SftRecipe
+from trainbox.spec.recipe.llm import SftRecipe
+from trainbox.spec.recipe.sections import Lora, Recipe
 from trainbox.spec.run import DataSource, ModelSource, RunSpec
 
 # The fuzzed functions take a folder made once: what an example leaves there, the next one overwrites.

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from trainbox.spec.buckets import buckets, enlargement, place
-from trainbox.spec.recipe import CaptionedData
+from trainbox.spec.recipe.diffusion import CaptionedData
 
 SIDES = st.integers(1, 20_000)
 GRIDS = st.sampled_from([

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from trainbox.spec.dataset import check, find_splits, located, reader
-from trainbox.spec.recipe import CaptionedData, Subset, TextToImageRecipe
+from trainbox.spec.recipe.diffusion import CaptionedData, Subset, TextToImageRecipe
 
 
 @pytest.fixture

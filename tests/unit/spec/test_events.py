@@ -64,3 +64,9 @@ def test_what_is_no_event_is_not_taken_for_one(line):
 )
 def test_an_event_as_a_line_for_a_person(event, text):
     assert to_text(event) == text
+
+
+def test_a_custom_job_shows_every_figure_and_its_end_only_where_it_is_known():
+    event = {"event": "metrics", "step": 3, "total": None, "metrics": {"loss": 0.5, "own": 2}, "every": True}
+    assert to_text(event) == "step 3  loss 0.5  own 2"
+    assert to_text({**event, "total": 9, "every": False}) == "step 3/9  loss 0.5"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trainbox.errors import DataError
 from trainbox.spec.formats import COLUMNS, CONVERTERS, ROLES, SHAREGPT_ROLES, find_format, to_example
-from trainbox.spec.recipe import ChatData
+from trainbox.spec.recipe.llm import ChatData
 
 CALL = {"name": "berth", "arguments": {"number": 4}}
 TOOLS = [{"type": "function", "function": {"name": "berth", "parameters": {}}}]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from trainbox.spec.dataset import check, find_splits, hash_splits, reader
 from trainbox.spec.images import ORIENTATION, fault_of, open_image, read_images, size_of
-from trainbox.spec.recipe import ImageClassifierRecipe
+from trainbox.spec.recipe.encoder import ImageClassifierRecipe
 
 
 def draw(path, color="red", size=(40, 30), **settings):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from trainbox.errors import DataError
 from trainbox.spec.dataset import check, find_splits
 from trainbox.spec.labels import IOB, PAIRS, LabelReader, Labels, TagReader, is_possible
-from trainbox.spec.recipe import TextClassifierRecipe, TokenClassifierRecipe
+from trainbox.spec.recipe.encoder import TextClassifierRecipe, TokenClassifierRecipe
 
 SPAM = [{"text": "Win!", "label": "spam"}, {"text": "Hi", "label": "ham"}] * 2
 NAMES = {"tokens": ["Ida", "Holm", "sails"], "tags": ["B-PER", "I-PER", "O"]}

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from trainbox.errors import ConfigError
 from trainbox.spec.load import Choices, load_recipe, nearest, parse_setting, split_settings
-from trainbox.spec.recipe import RECIPES, Recipe, SftRecipe
+from trainbox.spec.recipe import RECIPES
+from trainbox.spec.recipe.llm import SftRecipe
+from trainbox.spec.recipe.sections import Recipe
 from trainbox.spec.tree import fields, merge
 
 RECIPE_FOLDERS = sorted(path.parent for path in Path("recipes").glob("*/recipe.yaml"))
@@ -91,6 +93,8 @@ def test_data_replaces_the_recipes_validation_file(load):
         ("data.columns={instruction: question}", "data", "columns", {"instruction": "question"}),
         ("data.path=a=b", "data", "path", "a=b"),
         ("data.path=no", "data", "path", "no"),
+        ("data.path=to German: ", "data", "path", "to German: "),
+        ("data.path='to German: '", "data", "path", "to German: "),
         ("model.revision=2024-01-01", "model", "revision", "2024-01-01"),
     ],
 )
@@ -413,6 +417,16 @@ def test_a_faulty_config_is_refused_with_its_place(with_config, refuses, config,
 def test_a_config_that_is_not_there_is_refused(load, refuses):
     with refuses(2, "nowhere.yaml: cannot be read: No such file"):
         load(RECIPE, config="nowhere.yaml")
+
+
+def test_a_fault_inside_a_mapping_is_told_where_that_value_was_given(load, refuses):
+    text = "task: custom\nscript:\n  arguments:\n    epochs: 3\n    lr: {a: 1}\n"
+    with refuses(2, "recipes/demo/recipe.yaml:5: script.arguments: "):
+        load(text)
+    with refuses(2, "--set script.arguments.lr: script.arguments: "):
+        load(text.replace("{a: 1}", "1"), "script.arguments.lr={a: 1}")
+    with refuses(2, "--set script.arguments: script.arguments: "):
+        load(text.replace("{a: 1}", "1"), "script.arguments={lr: {a: 1}}")
 
 
 def test_a_fault_in_a_list_of_sections_is_told_with_its_line(load, refuses):

@@ -9,7 +9,7 @@ from trainbox.errors import DataError
 from trainbox.spec.dataset import check, find_splits
 from trainbox.spec.load import split_settings
 from trainbox.spec.pairs import KNOWN, PairReader
-from trainbox.spec.recipe import Seq2SeqRecipe
+from trainbox.spec.recipe.encoder import Seq2SeqRecipe
 
 PAIR = {"input": "Q", "target": "A"}
 

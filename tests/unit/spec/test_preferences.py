@@ -9,7 +9,7 @@ from trainbox.errors import DataError
 from trainbox.spec.dataset import check, find_splits
 from trainbox.spec.load import split_settings
 from trainbox.spec.preferences import PreferenceReader, PromptReader
-from trainbox.spec.recipe import GrpoRecipe, PreferenceRecipe, SftRecipe
+from trainbox.spec.recipe.llm import GrpoRecipe, PreferenceRecipe, SftRecipe
 
 PAIR = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
 GOOD = {"prompt": "Q", "completion": "good", "label": True}

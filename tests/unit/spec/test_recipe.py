@@ -2,9 +2,14 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainbox.spec.recipe import RECIPES, Recipe
+from trainbox.spec.recipe import RECIPES
+from trainbox.spec.recipe.diffusion import TextToImageRecipe
+from trainbox.spec.recipe.sections import Recipe
 
 ADAPTERS = [task for task, cls in RECIPES.items() if "peft" in cls.model_fields]
+JUDGED = {task: cls for task, cls in RECIPES.items() if task != "custom"}
+"""Those that our own trainers train, whose metrics we know."""
+DRAWING = {task for task, cls in RECIPES.items() if issubclass(cls, TextToImageRecipe)}
 BY_METHOD = [task for task, cls in RECIPES.items() if hasattr(cls, "LEARNING_RATES")]
 
 
@@ -55,7 +60,7 @@ def test_a_method_given_later_counts_and_a_rate_that_is_written_wins(load, task)
     assert load(text, profile="p").training.save_steps == 7
 
 
-@pytest.mark.parametrize("task", sorted(RECIPES.keys() - set(BY_METHOD) - {"text-to-image"}))
+@pytest.mark.parametrize("task", sorted(JUDGED.keys() - set(BY_METHOD) - DRAWING))
 def test_the_rate_of_a_language_model_does_not_depend_on_its_method(load, task):
     rates = {load(recipe(task, peft={"method": method})).training.learning_rate for method in ("full", "lora")}
     assert rates == {default_rate(RECIPES[task])}
@@ -70,7 +75,7 @@ def test_a_recipe_read_back_is_the_same(load, task):
 # --- prefix-tuning
 
 
-@pytest.mark.parametrize("task", sorted(set(ADAPTERS) - {"image-classification", "text-to-image"}))
+@pytest.mark.parametrize("task", sorted(set(ADAPTERS) - {"image-classification"} - DRAWING))
 def test_prefix_tuning_and_recomputed_activations_exclude_each_other(load, refuses, task):
     peft, recompute = {"method": "prefix-tuning"}, {"gradient_checkpointing": True}
     with refuses(2, "recipe.yaml", "prefix-tuning needs training.gradient_checkpointing=false"):
@@ -112,7 +117,7 @@ def test_prefix_tuning_and_packing_exclude_each_other(load, refuses):
 # --- how an adapter starts
 
 
-@pytest.mark.parametrize("task", sorted(set(ADAPTERS) - {"preference", "text-to-image"}))
+@pytest.mark.parametrize("task", sorted(set(ADAPTERS) - {"preference"} - DRAWING))
 @pytest.mark.parametrize(("start", "needed"), [("pissa", "lora"), ("loftq", "qlora")])
 def test_a_start_from_the_base_needs_its_method(load, refuses, task, start, needed):
     lora = {"init_lora_weights": start}
@@ -221,7 +226,7 @@ def test_verdicts_are_compared_within_a_batch(load, refuses):
 # --- the metric that decides
 
 
-@pytest.mark.parametrize(("task", "cls"), RECIPES.items())
+@pytest.mark.parametrize(("task", "cls"), JUDGED.items())
 def test_every_metric_of_a_task_may_decide_with_or_without_its_prefix(load, task, cls):
     for metric in cls.METRICS:
         for name in (metric, f"eval_{metric}"):
@@ -229,7 +234,7 @@ def test_every_metric_of_a_task_may_decide_with_or_without_its_prefix(load, task
             assert loaded.training.metric_for_best_model == name
 
 
-@pytest.mark.parametrize(("task", "cls"), RECIPES.items())
+@pytest.mark.parametrize(("task", "cls"), JUDGED.items())
 def test_a_metric_that_a_task_does_not_give_is_refused_with_those_it_gives(load, refuses, task, cls):
     with refuses(2, "recipe.yaml", "metric_for_best_model 'acuracy' is none of this task's metrics", *cls.METRICS):
         load(recipe(task, training={"metric_for_best_model": "eval_acuracy"}))
@@ -305,3 +310,27 @@ def test_a_recipe_is_frozen(cls):
     made: Recipe = cls()
     with pytest.raises(ValidationError, match="frozen"):
         made.task = "other"
+
+
+# --- another project's trainer
+
+
+TRAINERS = [task for task, cls in RECIPES.items() if "trainer" in cls.model_fields]
+
+
+@pytest.mark.parametrize("task", TRAINERS)
+def test_a_mirror_of_a_trainer_is_named_alone_and_its_commit_stays(load, tmp_path, task):
+    usual = load(recipe(task)).trainer
+    by_setting = load(recipe(task), "trainer.repository=/src/mirror").trainer
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mine.yaml").write_text("trainer: {repository: mirror}\n")
+    by_config = load(recipe(task), config=str(tmp_path / "mine.yaml")).trainer
+    assert (by_setting.repository, by_config.repository) == ("/src/mirror", str(tmp_path / "mirror"))
+    assert usual.revision == by_setting.revision == by_config.revision
+    assert load(recipe(task), f"trainer.revision={'a' * 40}").trainer.repository == usual.repository
+
+
+@pytest.mark.parametrize("repository", ["", "--upload-pack=x", "-x", "ext::sh", "/src/a;b", "/src/.."])
+def test_a_repository_that_is_none_or_cannot_name_a_folder_is_refused(load, refuses, repository):
+    with refuses(2, "--set trainer.repository: trainer.repository: "):
+        load(recipe("kohya"), f"trainer.repository='{repository}'")

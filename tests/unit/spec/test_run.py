@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from trainbox.errors import ConfigError
 from trainbox.spec import run
-from trainbox.spec.recipe import ChatData, Lora, SftRecipe, Training
+from trainbox.spec.recipe.llm import ChatData, SftRecipe
+from trainbox.spec.recipe.sections import Lora, Training
 from trainbox.spec.run import DataSource, ModelSource, RunSpec, box, hash_json, write_json
 
 
