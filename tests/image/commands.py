@@ -81,15 +81,20 @@ class Command:
             start_new_session=True,
         )
 
-    def end(self, timeout: float = 240) -> Ended:
-        text, _ = self.process.communicate(timeout=timeout)
+    def end(self, timeout: float = 600) -> Ended:
+        """What it left. Fails with what it said by then where it does not end."""
+        try:
+            text, _ = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            said = bytes(error.output or b"").decode(errors="replace")
+            pytest.fail(f"no end within {timeout:g} s of:\n{' '.join(map(str, error.cmd))}\n{said}")
         return Ended(self.process.returncode, text)
 
     def code_of(self, error: int) -> int:
         """The exit code that tells this error: make has but one for any failed command."""
         return 2 if self._make else error
 
-    def wait_until(self, true: Callable[[], bool], timeout: float = 240) -> None:
+    def wait_until(self, true: Callable[[], bool], timeout: float = 600) -> None:
         end = time.monotonic() + timeout
         while not true():
             assert self.process.poll() is None, self.end().text

@@ -183,10 +183,30 @@ for batch, accumulated, size in [(4, 1, 2), (4, 2, 2), (4, 2, 4), (2, 4, 4), (4,
 
 
 def test_the_images_of_a_step_are_those_of_one_process_however_they_are_shared_out(engine: Docker) -> None:
-    tag = engine.ensure("sdxl-lora").tag
-    argv = ["docker", "run", "--rm", "--network=none", "--entrypoint=python", tag, "-c", SHARED]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = in_python(engine, SHARED)
     assert done.returncode == 0, done.stderr
+
+
+SAVING = """
+from pathlib import Path
+from types import SimpleNamespace as Of
+from trainbox.container.diffusion import DiffusionTrainer
+
+DiffusionTrainer._save(Of(args=Of(should_save=False)), "/tmp/checkpoint-2")
+assert not Path("/tmp/checkpoint-2").exists()
+"""
+
+
+def test_a_lora_is_written_by_one_process_alone(engine: Docker) -> None:
+    done = in_python(engine, SAVING)
+    assert done.returncode == 0, done.stderr
+
+
+def in_python(engine: Docker, code: str) -> subprocess.CompletedProcess[str]:
+    """The end of this code in the image of the SDXL LoRA."""
+    tag = engine.ensure("sdxl-lora").tag
+    argv = ["docker", "run", "--rm", "--network=none", "--entrypoint=python", tag, "-c", code]
+    return subprocess.run(argv, capture_output=True, text=True, check=False)
 
 
 SCRIPT = """
@@ -263,7 +283,7 @@ class Cluster:
 
     def ends(self) -> list[int]:
         """The exit codes of both."""
-        return [node.wait(timeout=240)["StatusCode"] for node in self.nodes]
+        return [node.wait(timeout=600)["StatusCode"] for node in self.nodes]
 
     def said(self, node: int) -> str:
         return str(self.nodes[node].logs().decode())

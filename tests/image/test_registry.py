@@ -281,7 +281,7 @@ class Failing:
     process: subprocess.Popen[str]
 
     def told(self) -> str:
-        return self.process.communicate(timeout=120)[0]
+        return self.process.communicate(timeout=600)[0]
 
     def again(self) -> str:
         return subprocess.check_output(self.argv, env=self.env, text=True)

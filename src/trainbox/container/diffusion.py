@@ -266,6 +266,8 @@ class DiffusionTrainer(shared.ByEpoch, transformers.Trainer):  # type: ignore[mi
     # Checkpoints hold the adapter alone, in the format of diffusers
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # the Trainer calls this in every process
+            return
         folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         lora_files.save_diffusers(self.model.family, self.model.parts, folder)

@@ -137,11 +137,13 @@ def by_first(work: Callable[[], T]) -> T | None:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether this says no more than that another process is gone."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if any(sign in f"{type(seen).__name__}: {seen}" for sign in LOST):
+    chain: list[BaseException] = []
+    here: BaseException | None = error
+    while here is not None and here not in chain:  # an error may be its own cause
+        if any(sign in f"{type(here).__name__}: {here}" for sign in LOST):
             return True
-        seen = seen.__cause__ or seen.__context__
+        chain.append(here)
+        here = here.__cause__ or here.__context__
     return False
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,8 @@ def seal(staged: Path, step: int, keep: int | None) -> Path:
     """
     output = box(BOX_OUTPUT)
     final = output / f"checkpoint-{step}"
-    try:
+    with saving(output, final.name):
         publish(staged, final)
-    except Exception as error:
-        raise cannot_save(error, output, final.name) from error
     # By age: a run that went on from an older checkpoint begins anew there.
     others = sorted((path for path in all_checkpoints(output) if path != final), key=lambda path: path.stat().st_mtime)
     for path in others[: -(keep - 1) or None] if keep else ():
@@ -74,15 +73,25 @@ def seal(staged: Path, step: int, keep: int | None) -> Path:
     return final
 
 
-def cannot_save(error: Exception, output: Path, name: str) -> Exception:
-    """The person's error behind one met while saving; the same one where it is none of theirs."""
+@contextlib.contextmanager
+def saving(output: Path, name: str) -> Iterator[None]:
+    """Within it `output`/`name` is written. Raises TrainingError where the disk is at fault; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        if told := _cannot_save(error, output, name):
+            raise told from error
+        raise
+
+
+def _cannot_save(error: Exception, output: Path, name: str) -> TrainingError | None:
     if isinstance(error, TrainboxError):
-        return error
+        return None
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     # torch.save says no more than that it stands at another position than it should.
     full = full or shutil.disk_usage(output).free < 2**20
     if not full and not isinstance(error, OSError):
-        return error
+        return None
     kept = sorted((path for path in output.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
     what = "the disk is full" if full else str(error)
     good = f"{kept[-1].name} before it is whole: free space, then resume" if kept else "there is no earlier checkpoint"

@@ -32,7 +32,7 @@ from transformers.training_args import ParallelMode
 from trainbox.container import distributed, sharding
 from trainbox.container.interrupt import STOPPING, Interrupt
 from trainbox.container.report import emit
-from trainbox.container.saving import Metrics, cannot_save
+from trainbox.container.saving import Metrics, saving
 from trainbox.errors import ConfigError, TrainingError
 from trainbox.spec.checkpoint import publish
 from trainbox.spec.recipe.sections import Training
@@ -109,12 +109,11 @@ class BoxTrainer:
             shutil.rmtree(output / STAGING, ignore_errors=True)
         self._staging = True
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            if first:
-                self._settle_best(output)
-                publish(output / STAGING / name, output / name)
-        except Exception as error:
-            raise cannot_save(error, output, name) from error
+            with saving(output, name):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                if first:
+                    self._settle_best(output)
+                    publish(output / STAGING / name, output / name)
         finally:
             self._staging = False
             if first:
