@@ -14,7 +14,7 @@ from pathlib import Path
 
 NODES = ("n1", "n2")
 PACKAGES = ("slurm-wlm", "munge")
-WAIT_SECONDS = 30
+WAIT_SECONDS = 180
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def _configure(folder: Path) -> None:
         f"SlurmctldPort={ports[0]}",
         "SlurmUser=root",
         "AuthType=auth/munge",
-        f"AuthInfo=socket={folder}/munge/socket,cred_expire=5",
+        f"AuthInfo=socket={folder}/munge/socket,cred_expire=15",
         "ProctrackType=proctrack/linuxproc",
         "TaskPlugin=task/none",
         "SelectType=select/cons_tres",

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,8 @@ SECRETS = {"HF_TOKEN": "hf_sentinel4711", "WANDB_API_KEY": "wandb_sentinel4711"}
 """In the environment of every command below: must turn up nowhere."""
 PLAIN = "training.max_steps=24 training.logging_steps=1 limits.cpus=1"
 """The tiny profile over more than an epoch, every step's loss logged. One core, since two workers share two."""
+STEADY = f"{PLAIN} training.per_device_train_batch_size=1 training.gradient_accumulation_steps=8"
+"""The same in steps long enough for a command to reach a run of an LLM before its end."""
 PACKED = f"{PLAIN} data.packing=true"
 JOB = "script.arguments.steps=24 limits.cpus=1"
 """The same of a custom recipe."""
@@ -108,7 +111,7 @@ class Command:
         self.wait_until(lambda: last_step(self.output) >= step)
 
     def wait_for_container(self) -> Container:
-        """The container, once it runs."""
+        """The container, once it runs; `kill_now` ends it."""
         found: list[Container] = []
 
         def running() -> bool:
@@ -116,7 +119,17 @@ class Command:
             return bool(found)
 
         self.wait_until(running)
+        found[0].reload()
         return found[0]
+
+
+def kill_now(box: Container) -> None:
+    """SIGKILL to everything in a container: to its first process, for the engine may take longer than what is left."""
+    pid = box.attrs["State"]["Pid"]
+    if box.id in Path(f"/proc/{pid}/cgroup").read_text():
+        os.kill(pid, signal.SIGKILL)
+    else:  # the engine has a machine of its own
+        box.kill("SIGKILL")
 
 
 def run(*argv: str, root: Path = ROOT, **env: str) -> Ended:
@@ -135,6 +148,7 @@ def install(*packages: str) -> None:
         if done.returncode == 0:
             return
         subprocess.run(["apt-get", "-qq", "update"], capture_output=True, check=False)
+        time.sleep(3)
     raise AssertionError(done.stderr)
 
 

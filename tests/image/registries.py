@@ -121,12 +121,15 @@ def _untag(registry: str) -> None:
 def program(folder: Path) -> Path:
     """The registry's program out of Debian's package, which is not installed: nothing of it stays."""
     fetch = ["apt-get", "download", "docker-registry"]
-    if subprocess.run(fetch, cwd=folder, capture_output=True, check=False).returncode:
-        subprocess.run(["apt-get", "update", "-qq"], capture_output=True, check=False)
+    for _ in range(10):  # the lists may be absent, and another worker at them
         done = subprocess.run(fetch, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            assert not os.environ.get("CI"), done.stderr
-            pytest.skip(f"Debian's docker-registry cannot be had: {done.stderr}")
+        if done.returncode == 0:
+            break
+        subprocess.run(["apt-get", "update", "-qq"], capture_output=True, check=False)
+        time.sleep(3)
+    else:
+        assert not os.environ.get("CI"), done.stderr
+        pytest.skip(f"Debian's docker-registry cannot be had: {done.stderr}")
     (package,) = folder.glob("docker-registry_*.deb")
     subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
     return folder / "usr/bin/docker-registry"

@@ -68,7 +68,7 @@ def log_in(machine: str, address: str, port: int = 22, command: str = "true") ->
     """By ssh and rsync, as SkyPilot does, a file carried over and back: who is there, and home, and what is said."""
     ssh = f"ssh -p {port}"
     script = f"""
-        for i in $(seq 100); do {ssh} {address} true 2>/dev/null && break; sleep 0.2; done
+        for i in $(seq 600); do {ssh} {address} true 2>/dev/null && break; sleep 0.2; done
         head -c 100000 /dev/urandom > /tmp/sent
         rsync -a -e '{ssh}' /tmp/sent {address}:~/carried && rsync -a -e '{ssh}' {address}:~/carried /tmp/back &&
         cmp /tmp/sent /tmp/back && {ssh} {address} whoami && {ssh} {address} 'bash -lc "echo $HOME; {command}"'

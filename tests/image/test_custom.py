@@ -19,6 +19,7 @@ from commands import (
     assert_same_run,
     containers,
     inside,
+    kill_now,
     last_step,
     metrics,
     run,
@@ -42,7 +43,7 @@ def test_a_sample_that_is_stopped_then_killed_then_resumed_ends_in_the_same_bits
     print(f"TRAINBOX_TEST_SEED={seed}")
     moment = random.Random(seed)
     command = Command(*training(recipe, output, JOB), output=output)
-    command.wait_for_step(moment.randint(2, 8))
+    command.wait_for_step(moment.randint(2, 6))
     command.process.send_signal(signal.SIGTERM)
     ended = command.end()
     assert ended.code == 75, ended.text
@@ -53,8 +54,8 @@ def test_a_sample_that_is_stopped_then_killed_then_resumed_ends_in_the_same_bits
 
     command = Command("resume", f"--output={output}", output=output)
     box = command.wait_for_container()
-    command.wait_for_step(moment.randint(step + 1, 18))
-    box.kill("SIGKILL")
+    command.wait_for_step(moment.randint(step + 1, step + 3))
+    kill_now(box)
     ended = command.end()
     assert ended.code == 5, ended.text
     ended.says(f"going on from checkpoint-{step}", "killed by signal 9", "make resume")

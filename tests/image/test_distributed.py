@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from commands import Command, assert_same_run, containers, last_step, metrics, run, tensors, training
+from commands import Command, assert_same_run, containers, kill_now, last_step, metrics, run, tensors, training
 
 from trainbox.spec.checkpoint import fault_of, newest_complete
 
@@ -27,8 +27,15 @@ if TYPE_CHECKING:
 TWO = "distributed.processes_per_node=2"
 # An epoch has more rows than are learned here, and none is dropped out: what is learned does not depend on who does it.
 ALIKE = "training.max_steps=8 training.logging_steps=3 training.save_steps=4 lora.dropout=0 limits.cpus=2"
-LIVELY = "training.max_steps=8 training.logging_steps=3 training.save_steps=4 lora.dropout=0.2 limits.cpus=2"
+LIVELY = "training.max_steps=24 training.logging_steps=3 training.save_steps=4 lora.dropout=0.2 limits.cpus=2"
 SLOW = "training.max_steps=400 training.logging_steps=1 training.save_steps=400 limits.cpus=2"
+LATE = {
+    "text-classifier": "training.per_device_train_batch_size=40 training.max_steps=9 training.save_steps=8 "
+    "training.logging_steps=1 limits.cpus=2",
+    "llm-grpo": "training.per_device_train_batch_size=120 training.max_steps=9 training.save_steps=8 "
+    "training.logging_steps=1 limits.cpus=2",
+}
+"""Six and five steps an epoch, in an order of their own."""
 FAMILIES = {
     "llm-qlora": "", "llm-preference": "", "llm-grpo": "", "text-pretrain": "", "text-classifier": "",
     "token-classifier": "", "image-classifier": "classification.mixup_alpha=0.2", "seq2seq": "",
@@ -47,12 +54,14 @@ def assert_alike(output: Path, reference: Path) -> None:
 
 
 def without_end(reference: Path, output: Path) -> None:
-    """A copy of a run as if it had been killed after its first checkpoint."""
+    """A copy of a run as if it had been killed before its last checkpoint."""
     shutil.copytree(reference, output)
     for name in ("run.json", "result.json"):
         (output / name).unlink()
-    for name in ("final", "checkpoint-8"):
-        shutil.rmtree(output / name)
+    last, _ = newest_complete(output)
+    assert last
+    for folder in (output / "final", last):
+        shutil.rmtree(folder)
 
 
 def resumed(output: Path, processes: int, setting: str = "") -> Any:
@@ -105,12 +114,23 @@ def test_killed_and_resumed_by_as_many_is_the_same_run_bit_for_bit(
 ) -> None:
     reference, output = straight("llm-lora", f"{LIVELY} {TWO}"), tmp_path / "out"
     command = Command(*training("llm-lora", output, f"{LIVELY} {TWO}"), output=output)
+    container = command.wait_for_container()
     command.wait_until(lambda: newest_complete(output)[0] is not None)
-    (container,) = containers(output)
-    container.kill()
+    kill_now(container)
     command.end()
     resumed(output, 2)
     assert_same_run(output, reference)
+
+
+@pytest.mark.parametrize("recipe", LATE)
+def test_resumed_inside_a_later_epoch_it_goes_on_in_that_epoch_s_order(
+    recipe: str, straight: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference, output = straight(recipe, f"{LATE[recipe]} {TWO}"), tmp_path / "out"
+    without_end(reference, output)
+    record = resumed(output, 2)
+    assert_same_run(output, reference)
+    assert record["attempts"][-1]["resumed_from"] == "checkpoint-8"
 
 
 def test_a_signal_to_any_process_stops_all_after_the_same_step_with_one_checkpoint(tmp_path: Path) -> None:
@@ -333,6 +353,25 @@ def test_two_nodes_of_which_one_is_killed_and_both_are_started_again(
     assert [each["world"] for each in record["attempts"]] == [{"nodes": 2, "processes": 1}] * 2
 
 
+def test_a_node_without_the_best_checkpoint_gets_it_though_no_step_is_left(
+    cluster: Callable[[str], Cluster], image: ImageFacts
+) -> None:
+    both, best = cluster(image.tag), "checkpoint-4"
+    settings = f"{ALIKE} training.load_best_model_at_end=true training.eval_steps=4 training.learning_rate=1e-12"
+    both.start(settings)
+    assert both.ends() == [0, 0], both.said(0) + both.said(1)
+    output = both.output(0)
+    assert json.loads((output / "checkpoint-8/trainer_state.json").read_text())["best_global_step"] == 4
+    first = tensors(output / "final")
+    for name in ("run.json", "result.json"):
+        (output / name).unlink()
+    shutil.rmtree(output / "final")
+    both.start(settings)
+    assert both.ends() == [0, 0], both.said(0) + both.said(1)
+    assert "going on from checkpoint-8" in both.said(0)
+    assert tensors(output / "final") == first == tensors(output / best)
+
+
 def test_an_error_of_one_node_is_told_by_both_with_its_exit_code(
     cluster: Callable[[str], Cluster], image: ImageFacts
 ) -> None:
@@ -348,7 +387,7 @@ def test_an_error_of_one_node_is_told_by_both_with_its_exit_code(
 
 def wait_for(true: Callable[[], bool], cluster: Cluster) -> None:
     """Wait for a node to have done something, as long as both run."""
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while not true():
         for node in cluster.nodes:
             node.reload()

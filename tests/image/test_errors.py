@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -58,11 +57,9 @@ FAULTS = {
 def test_a_fault_of_the_data_is_found_before_the_engine_is_asked(fault: str, tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_bytes(FAULTS[fault].content)
-    started = time.monotonic()
     # No engine answers there: what needed one would be another error.
     ended = run(*training("llm-lora", tmp_path / "out", PLAIN, f"--data={file}"), DOCKER_HOST="tcp://127.0.0.1:9")
     assert ended.code == 3, ended.text
-    assert time.monotonic() - started < 10
     ended.says("error: ", *FAULTS[fault].words)
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from commands import PLAIN, SECRETS, Command, Ended, assert_same_run, install, run
+from commands import PLAIN, SECRETS, STEADY, Command, Ended, assert_same_run, install, run
 
 from trainbox.host import kept, registry
 from trainbox.host.image import ImageFacts
@@ -41,8 +41,8 @@ class Cloud:
     def invoke(self, *argv: str) -> Ended:
         return run(*argv, **self.env)
 
-    def launch(self, output: Path) -> str:
-        ended = self.invoke(*launching(output))
+    def launch(self, output: Path, settings: str = PLAIN) -> str:
+        ended = self.invoke(*launching(output, set=settings))
         assert ended.code == 0, ended.text
         self.names.append(json.loads((output / "launch.json").read_text())["name"])
         return self.names[-1]
@@ -130,9 +130,9 @@ def test_a_stopped_run_saves_comes_here_and_goes_on_here_as_if_nothing_had_happe
     cloud: Cloud, straight: Callable[..., Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    name = cloud.launch(output)
+    name = cloud.launch(output, STEADY)
     waiting = Command("logs", f"--output={output}", output=output, **cloud.env)
-    waiting.wait_until(lambda: "saved checkpoint-8" in cloud.inside(name, "cat /tmp/sky-log || true"))
+    waiting.wait_until(lambda: "saved checkpoint-4" in cloud.inside(name, "cat /tmp/sky-log || true"))
     ended = cloud.invoke("stop", f"--output={output}")
     assert ended.code == 0, ended.text
     waiting.end()
@@ -141,7 +141,7 @@ def test_a_stopped_run_saves_comes_here_and_goes_on_here_as_if_nothing_had_happe
     assert newest_complete(output)[0]
     resumed = cloud.invoke("resume", f"--output={output}", "--gpus=none")
     assert resumed.code == 0, resumed.text
-    assert_same_run(output, straight("llm-qlora"))
+    assert_same_run(output, straight("llm-qlora", STEADY))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, Command, assert_same_run, metrics, run, training
+from commands import ROOT, Command, assert_same_run, kill_now, metrics, run, training
 
 SAMPLE = ROOT / "recipes/llm-preference/sample"
 METHODS = {"dpo": "", "kto": "", "orpo": "preference.beta=2", "simpo": ""}
@@ -61,12 +61,12 @@ def test_each_method_prefers_the_better_answers_and_resumes_to_the_same_bits(
     # Between two logs, whose figures are a mean over steps of both attempts.
     command = Command(*arguments(method, output), output=output)
     box = command.wait_for_container()
-    command.wait_until((output / "checkpoint-8").exists)
-    box.kill("SIGKILL")
+    command.wait_until((output / "checkpoint-4").exists)
+    kill_now(box)
     assert command.end().code == 5
     ended = run("make", "resume", OUTPUT=str(output))
     assert ended.code == 0, ended.text
-    assert "going on from checkpoint-8" in ended.text
+    assert "going on from checkpoint-" in ended.text
     assert_same_run(output, reference)
 
 

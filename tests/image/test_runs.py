@@ -137,7 +137,6 @@ def test_no_secret_is_in_the_running_container_or_its_image(engine: Docker, tmp_
     output = tmp_path / "out"
     command = Command(*training("llm-lora", output), output=output)
     box = command.wait_for_container()
-    box.reload()
     told = json.dumps([box.attrs, engine.client.images.get(box.attrs["Image"]).history()])
     command.process.terminate()
     told += command.end().text
@@ -308,10 +307,10 @@ def test_overwriting_removes_the_old_run_and_nothing_else(copied: Path) -> None:
     (copied / "checkpoint-mine").mkdir()
     command = Command(*training("llm-lora", copied, PLAIN, "--overwrite=1"), output=copied)
     command.wait_for_container()
-    left = {path.name for path in copied.iterdir()}
+    left = {path.name for path in copied.iterdir() if not path.name.startswith(".")}
     command.process.terminate()
     command.end()
-    assert left - {".lock", "logs", "cache"} == {"notes.txt", "checkpoint-mine", "spec.json"}
+    assert left - {"logs", "cache"} == {"notes.txt", "checkpoint-mine", "spec.json"}
 
 
 # The image by itself
@@ -347,7 +346,7 @@ def kill(engine: Docker, argv: list[str], volume: str, number: signal.Signals, l
     running = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert running.stdout
     said = list(islice(running.stdout, lines))
-    for box in engine.client.containers.list(filters={"volume": volume}):
+    for box in engine.client.containers.list(filters={"volume": volume}, ignore_removed=True):
         with contextlib.suppress(APIError):  # it has just ended by itself
             box.kill("SIGKILL") if number == signal.SIGKILL else box.stop(timeout=30)
     said += running.stdout
@@ -368,9 +367,10 @@ def test_the_image_alone_killed_ten_times_at_random_moments_goes_on_to_the_same_
     seed = random.randrange(10**6)
     print(f"seed {seed}")  # shown where it fails
     chosen, told = random.Random(seed), ""
-    for _ in range(10):
+    for attempt in range(10):
         number = chosen.choice([signal.SIGKILL, signal.SIGTERM])
-        code, text = kill(engine, alone, volume, number, chosen.randrange(16))
+        # The first one ends after its first checkpoint; without a line to wait for there may be nothing to kill yet.
+        code, text = kill(engine, alone, volume, number, chosen.randrange(1, 16) if attempt else 15)
         told += f"--- {number.name}: {code}\n{text}"
         # Nothing but a signal ends it, or its own end, if that came first.
         assert code in (0, 75, 128 + signal.SIGTERM, 128 + signal.SIGKILL), told

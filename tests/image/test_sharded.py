@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import Command, assert_same_run, containers, inside, run, tensors, training, training_state
+from commands import Command, assert_same_run, inside, kill_now, run, tensors, training, training_state
 from test_distributed import ALIKE, TWO, assert_alike, resumed, without_end
 
 from trainbox.host.engine import Docker
@@ -61,9 +61,9 @@ def test_killed_and_resumed_a_model_that_is_shared_out_is_the_same_bit_for_bit(
 ) -> None:
     reference, output = straight("llm-full", LIVELY), tmp_path / "out"
     command = Command(*training("llm-full", output, LIVELY), output=output)
+    container = command.wait_for_container()
     command.wait_until(lambda: newest_complete(output)[0] is not None)
-    (container,) = containers(output)
-    container.kill()
+    kill_now(container)
     command.end()
     resumed(output, 2, "distributed.strategy=fsdp")
     assert_same_run(output, reference)

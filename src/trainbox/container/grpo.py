@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 
+from trainbox.container import distributed
 from trainbox.container import trainer as shared
 from trainbox.container.interrupt import Interrupt
 from trainbox.container.prepare import Encoder, Placed, Stats
@@ -214,7 +215,7 @@ class InOrderOfEpoch(Sampler[int]):  # type: ignore[misc]
         self._sampler, self._seed, self._epoch = sampler, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Each epoch has an order of its own; accelerate calls this."""
+        """Each epoch has an order of its own."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -229,7 +230,8 @@ class Trainer(shared.AveragingTrainer, GRPOTrainer):  # type: ignore[misc]
     """TRL's GRPO over prompts that are rendered already."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return InOrderOfEpoch(super()._get_train_sampler(train_dataset), self.args.seed)
+        self.ordered = InOrderOfEpoch(super()._get_train_sampler(train_dataset), self.args.seed)
+        return self.ordered
 
     def _tokenize_prompts(self, prompts: list[str]) -> Any:
         return self.processing_class(prompts, add_special_tokens=False)["input_ids"], None, {}
@@ -298,8 +300,11 @@ class Grpo(CausalTask):
     def report(self, trainer: Any, data: dict[str, Any]) -> Outcome:
         """Answers to a few rows of the test, validation or training data, with their rewards."""
         rows = data.get("test", data.get("validation", data["train"]))[:SHOWN]
+        answers = trainer.sample(rows["prompt"])
+        if not distributed.is_first():  # each has drawn its own; those of the first are told
+            return {}
         examples = []
-        for question, text, row in zip(rows["question"], trainer.sample(rows["prompt"]), rows["row"], strict=True):
+        for question, text, row in zip(rows["question"], answers, rows["row"], strict=True):
             rewards = {judge.__name__: judge.score(text, json.loads(row)) for judge in self.judges}
             examples.append({"prompt": question, "completion": text, "rewards": rewards})
             told = ", ".join(f"{name} {value:.3g}" for name, value in rewards.items())

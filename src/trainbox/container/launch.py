@@ -291,12 +291,13 @@ class Keeper:
     def note(self, first: int, codes: Mapping[int, int]) -> None:
         """How processes ended, by rank, as torch's agent saw it: some are gone too fast to be seen here.
 
-        Once the `first` is gone, the agent ends the others by SIGTERM.
+        Once the `first` is gone, the agent ends the others by SIGTERM, which some answer by an exit code of their own.
         """
         for rank, code in codes.items():
-            by_agent = rank != first and code == -signal.SIGTERM
             by_us = rank in self._killed - self._vanished and code == -signal.SIGKILL
-            if not (by_agent or by_us):
+            if rank != first and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+                self._dead.pop(rank, None)
+            elif not by_us:
                 self._dead.setdefault(rank, (code, time.time()))
 
     def finish(self, failed: str) -> None:

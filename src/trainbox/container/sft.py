@@ -192,7 +192,7 @@ class Samples:
 
     def __init__(self, prompts: list[str], before: list[str] | None) -> None:
         self._path = box(BOX_OUTPUT) / "samples.jsonl"
-        if before is None and self._path.exists():
+        if before is None and distributed.is_first() and self._path.exists():
             before = [json.loads(line)["before"] for line in self._path.read_text(encoding="utf-8").splitlines()]
         self._rows = [
             {"prompt": prompt, "before": answered}

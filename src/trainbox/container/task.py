@@ -79,7 +79,8 @@ class Task:
         """Load, train, save `output/final`, evaluate."""
         training: Training = self.recipe.training
         shared.seed_everything(training)
-        self.tokenizer = self.load_tokenizer(box(BOX_MODEL))
+        # Code of its own is copied to where all processes of a node read it.
+        self.tokenizer = distributed.once_per_node(lambda: self.load_tokenizer(box(BOX_MODEL)))
         data, stats = distributed.once_per_node(self.prepare)
         model = self.load_model(box(BOX_MODEL))
         self._look(model, lambda: self.before(model, data, resume))

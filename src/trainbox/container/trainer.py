@@ -67,6 +67,8 @@ class BoxTrainer:
     _tokens: torch.Tensor | int = 0
     _tokens_since = 0.0
     loraplus_lr_ratio: float | None = None
+    ordered: Any = None
+    """The sampler, where its order depends on the epoch: what is laid around it does not always tell it."""
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The Trainer's optimizer; for LoRA+, with the groups of parameters that PEFT makes."""
@@ -85,7 +87,8 @@ class BoxTrainer:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         lengths = self.train_dataset.with_format("numpy")["length"][:].tolist()
-        return GroupedByLength(size, lengths=lengths, seed=self.args.seed)
+        self.ordered = GroupedByLength(size, lengths=lengths, seed=self.args.seed)
+        return self.ordered
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule; a warm-up of more than half the run becomes a tenth of it."""
@@ -124,8 +127,7 @@ class BoxTrainer:
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
-        best = distributed.shared(self.state.best_model_checkpoint)
-        self.state.best_model_checkpoint = str(output / Path(best).name) if best else best
+        self.state.best_model_checkpoint = _known_to_all(self.state.best_model_checkpoint, output)
         emit("checkpoint", text=f"saved {name}", step=self.state.global_step)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -197,8 +199,10 @@ class BoxTrainer:
         """Nothing where the run was over when its last checkpoint was saved: the Trainer would do a step too many."""
         if self._is_over():
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(**arguments)  # type: ignore[misc]
+            return
+        if self.ordered:
+            self.ordered.set_epoch(arguments["epoch"])
+        super()._run_epoch(**arguments)  # type: ignore[misc]
 
     def _is_over(self) -> bool:
         patient = (each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback))
@@ -319,7 +323,7 @@ class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
         self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Each epoch has an order of its own; accelerate calls this."""
+        """Each epoch has an order of its own."""
         self._epoch = epoch
 
     def __iter__(self) -> Any:
@@ -344,6 +348,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if best.is_dir():  # the state has it by the path of an earlier attempt, which the local engine may have changed
             state.best_model_checkpoint = str(best)
+        state.best_model_checkpoint = _known_to_all(state.best_model_checkpoint, Path(args.output_dir))
         self._interrupt.training = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -367,6 +372,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if not logs or "train_runtime" in logs or distributed.rank():
             return
         self._metrics.log(state.global_step, state.max_steps, logs)
+
+
+def _known_to_all(best: str | None, output: Path) -> str | None:
+    """The first process's best checkpoint, by the path that it has here or will have: other nodes may lack it yet."""
+    name = distributed.shared(best)
+    return str(output / Path(name).name) if name else None
 
 
 @contextlib.contextmanager

@@ -128,8 +128,11 @@ class Docker:
 
     def run(self, box: Box, on_line: Callable[[str], None] = ui.say) -> Finished:
         """Run the box to its end and remove its container; signals to this process reach it."""
+        from docker.errors import APIError
+
         # What a killed host process left behind; a container of today may be another process's, about to be read.
-        self.client.api.prune_containers({"label": "org.trainbox=run", "until": "24h"})
+        with contextlib.suppress(APIError):  # the engine does this for one caller at a time
+            self.client.api.prune_containers({"label": "org.trainbox=run", "until": "24h"})
         last: deque[str] = deque(maxlen=15)
         with _scratch(box) as scratch:
             argv = self.argv(box, scratch)

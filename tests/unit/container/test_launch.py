@@ -107,15 +107,16 @@ def test_processes_that_cannot_talk_though_none_is_gone_say_why_and_are_not_begu
     assert (told.kind, told.fault) == ("training", "NCCL error: unhandled system error")
 
 
-@pytest.mark.parametrize("others", [5, -signal.SIGTERM, -signal.SIGKILL])
+@pytest.mark.parametrize("others", [5, -signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL])
 def test_a_killed_process_is_the_error_whoever_of_the_others_was_seen_to_end_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     keeper = launch.Keeper(World(1, 2), tmp_path)
-    lost(tmp_path, 0, "Connection closed by peer")
-    if others == 5:
-        keeper._dead[0] = 5, 1.0
+    if others != 128 + signal.SIGTERM:  # it left before it could say anything
+        lost(tmp_path, 0, "Connection closed by peer")
+    if others > 0:  # it was seen here
+        keeper._dead[0] = others, 1.0
     keeper._vanished, keeper._killed = {1}, {0, 1}
     keeper.note(1, {0: others, 1: -signal.SIGKILL})
     assert keeper.first_error("").place == "process 1"

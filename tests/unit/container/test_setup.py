@@ -32,7 +32,7 @@ def is_alive(pid: str) -> bool:
 
 def test_what_a_step_leaves_in_the_background_delays_nothing_is_ended_and_told(run, tmp_path, capsys):
     began = time.monotonic()
-    run("sleep 60 & echo $! > pid; (sleep 50; echo) & echo $! >> pid", "echo done > next")
+    run("sleep 60 & echo $! > pid; (sleep 50; echo) & echo $! >> pid; sleep 0.5", "echo done > next")
     assert time.monotonic() - began < 20
     assert [is_alive(pid) for pid in (tmp_path / "workspace/pid").read_text().split()] == [False, False]
     assert (tmp_path / "workspace/next").read_text() == "done\n"

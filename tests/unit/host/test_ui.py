@@ -67,7 +67,7 @@ def test_without_a_terminal_progress_is_few_plain_lines(
         time.sleep(0.3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "train ..."
-    assert lines[-1] == "train: done in 0:00"
+    assert lines[-1].startswith("train: done in 0:0")
     assert 3 <= len(lines) <= 5
     assert lines[1].startswith("train: ")
 
