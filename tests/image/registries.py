@@ -75,9 +75,9 @@ class Registry:
         return {path.name: size for path, size in self._data("blobs").items()}
 
     @property
-    def uploads(self) -> list[int]:
-        """Bytes of what is being sent to it."""
-        return list(self._data("repositories").values())
+    def uploads(self) -> dict[Path, int]:
+        """Bytes of what is being sent to it, or was when it was cut off."""
+        return self._data("repositories")
 
     def _data(self, folder: str) -> dict[Path, int]:
         found = {}
