@@ -370,7 +370,7 @@ def test_the_image_alone_killed_ten_times_at_random_moments_goes_on_to_the_same_
     for attempt in range(10):
         number = chosen.choice([signal.SIGKILL, signal.SIGTERM])
         # The first one ends after its first checkpoint; without a line to wait for there may be nothing to kill yet.
-        code, text = kill(engine, alone, volume, number, chosen.randrange(1, 16) if attempt else 15)
+        code, text = kill(engine, alone, volume, number, chosen.randrange(1, 16) if attempt else 17)
         told += f"--- {number.name}: {code}\n{text}"
         # Nothing but a signal ends it, or its own end, if that came first.
         assert code in (0, 75, 128 + signal.SIGTERM, 128 + signal.SIGKILL), told
