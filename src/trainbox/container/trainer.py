@@ -200,7 +200,7 @@ class BoxTrainer:
         if self._is_over():
             self.control.should_training_stop = True
             return
-        if self.ordered:
+        if self.ordered is not None:
             self.ordered.set_epoch(arguments["epoch"])
         super()._run_epoch(**arguments)  # type: ignore[misc]
 
