@@ -22,6 +22,7 @@ import pytest
 
 from trainbox.host import data, engine, paths, pipeline
 from trainbox.host.box import Mount
+from trainbox.spec.checkpoint import newest_complete
 from trainbox.spec.load import Choices, load_recipe
 from trainbox.spec.recipe.custom import CustomRecipe
 from trainbox.spec.recipe.other_trainer import OtherTrainerRecipe
@@ -175,6 +176,17 @@ def metrics(output: Path) -> list[dict[str, float]]:
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{k: v for k, v in row.items() if "per_second" not in k and "runtime" not in k} for row in rows]
+
+
+def without_end(reference: Path, output: Path) -> None:
+    """A copy of a run as if it had been killed before its last checkpoint."""
+    shutil.copytree(reference, output)
+    for name in ("run.json", "result.json"):
+        (output / name).unlink()
+    last, _ = newest_complete(output)
+    assert last
+    for folder in (output / "final", last):
+        shutil.rmtree(folder)
 
 
 def tensors(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from commands import Command, assert_same_run, containers, kill_now, last_step, metrics, run, tensors, training
+from commands import (
+    Command,
+    assert_same_run,
+    containers,
+    kill_now,
+    last_step,
+    metrics,
+    run,
+    tensors,
+    training,
+    without_end,
+)
 
 from trainbox.spec.checkpoint import fault_of, newest_complete
 
@@ -51,17 +62,6 @@ def assert_alike(output: Path, reference: Path) -> None:
     for line, wanted in zip(mine, other, strict=True):
         for name in line.keys() & {"loss", "eval_loss", "grad_norm", "learning_rate"}:
             assert line[name] == pytest.approx(wanted[name], rel=1e-5), (name, line, wanted)
-
-
-def without_end(reference: Path, output: Path) -> None:
-    """A copy of a run as if it had been killed before its last checkpoint."""
-    shutil.copytree(reference, output)
-    for name in ("run.json", "result.json"):
-        (output / name).unlink()
-    last, _ = newest_complete(output)
-    assert last
-    for folder in (output / "final", last):
-        shutil.rmtree(folder)
 
 
 def resumed(output: Path, processes: int, setting: str = "") -> Any:

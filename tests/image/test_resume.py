@@ -27,6 +27,7 @@ from commands import (
     last_step,
     run,
     training,
+    without_end,
 )
 
 from trainbox.host.engine import Docker
@@ -54,6 +55,14 @@ LIVELY = (
 QUANTISED = f"{PLAIN} peft.method=qlora diffusion.ema_decay=0.9"
 # Nothing improves, so that the second evaluation, at step 8, is the last.
 STOPPED_EARLY = f"{PLAIN} training.early_stopping_patience=1 training.learning_rate=1e-12"
+# Where an epoch ends: 116 rows are 15 steps, the last of which is saved, with an evaluation that draws numbers;
+# 170 pairs are 11 steps, the last of which is not full.
+EPOCH_ENDS = {
+    "llm-lora": f"{PLAIN} lora.dropout=0.2 training.per_device_train_batch_size=8 "
+    "training.gradient_accumulation_steps=1 training.eval_strategy=epoch training.max_steps=20 training.save_steps=15",
+    "llm-preference": f"{PLAIN} preference.method=orpo training.per_device_train_batch_size=8 "
+    "training.gradient_accumulation_steps=2 training.max_steps=12 training.save_steps=8",
+}
 BY_EPOCH = f"{STEADY} training.save_strategy=epoch training.max_steps=-1 training.num_train_epochs=2"
 
 
@@ -119,6 +128,16 @@ def test_a_killed_run_resumes_to_the_same_bits(
     resume(output)
     assert_same_run(output, reference)
     assert containers(output) == []
+
+
+@pytest.mark.parametrize("recipe", EPOCH_ENDS)
+def test_resumed_at_or_before_an_epoch_s_end_it_is_the_same_run(
+    recipe: str, straight: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference, output = straight(recipe, EPOCH_ENDS[recipe]), tmp_path / "out"
+    without_end(reference, output)
+    resume(output)
+    assert_same_run(output, reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import Command, assert_same_run, inside, kill_now, run, tensors, training, training_state
-from test_distributed import ALIKE, TWO, assert_alike, resumed, without_end
+from commands import Command, assert_same_run, inside, kill_now, run, tensors, training, training_state, without_end
+from test_distributed import ALIKE, TWO, assert_alike, resumed
 
 from trainbox.host.engine import Docker
 from trainbox.spec.checkpoint import newest_complete

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import rotate_checkpoints, set_seed
+from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints, set_seed
 from transformers.training_args import ParallelMode
 
 from trainbox.container import distributed, sharding
@@ -89,6 +89,16 @@ class BoxTrainer:
         lengths = self.train_dataset.with_format("numpy")["length"][:].tolist()
         self.ordered = GroupedByLength(size, lengths=lengths, seed=self.args.seed)
         return self.ordered
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's, whose last batches' figures are of all their rows.
+
+        accelerate would cut them to what does not fill a batch of all processes: as if rows came twice, which in
+        training none does, and not where an epoch is gone on with.
+        """
+        loader: Any = super().get_train_dataloader()  # type: ignore[misc]
+        loader._drop_last = True  # it says no more than that the rest is not to be looked at
+        return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule; a warm-up of more than half the run becomes a tenth of it."""
@@ -349,10 +359,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if best.is_dir():  # the state has it by the path of an earlier attempt, which the local engine may have changed
             state.best_model_checkpoint = str(best)
         state.best_model_checkpoint = _known_to_all(state.best_model_checkpoint, Path(args.output_dir))
+        state.train_batch_size = args.train_batch_size  # the checkpoint may be of before memory ran out
         self._interrupt.training = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar; on a signal, save and stop."""
+        ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
+        if args.eval_strategy == IntervalStrategy.EPOCH and ends:
+            control.should_evaluate = True  # before the step is saved: who goes on from there does not evaluate
         if distributed.is_first():
             self._metrics.step(state.global_step, state.max_steps)
             self._interrupt.check_budget()
@@ -363,9 +377,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A stop inside an epoch is not its end: no evaluation that an uninterrupted run would not make."""
+        """It is evaluated already. A stop inside an epoch is not its end: it is neither saved nor logged as one."""
+        control.should_evaluate = False
         if self._interrupt.agreed and not float(state.epoch or 0).is_integer():
-            control.should_evaluate = control.should_save = control.should_log = False
+            control.should_save = control.should_log = False
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """One line a log."""
@@ -473,6 +488,7 @@ def run(trainer: Any, interrupt: Interrupt, resume: Path | None) -> dict[str, fl
     last_eval: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     metrics = {key: value for key, value in output.metrics.items() if isinstance(value, int | float)}
+    metrics.pop("train_loss", None)  # a mean over the steps of this attempt alone, with a sum of others
     metrics |= {key: value for key, value in last_eval.items() if key.startswith("eval_")}
     if state.best_metric is not None:
         metrics[f"best_eval_{trainer.args.metric_for_best_model.removeprefix('eval_')}"] = state.best_metric
