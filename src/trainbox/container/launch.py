@@ -41,6 +41,8 @@ MEETING = 900
 """Seconds that the nodes wait for one another at the start."""
 SILENCE = 60.0
 """Seconds without a sign of life after which a node counts as gone."""
+BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""Exit codes of a process that SIGTERM ended: at once, or by its own exit."""
 ECHO = 0.2
 """Seconds in which a second signal is the first one's echo."""
 
@@ -295,7 +297,7 @@ class Keeper:
         """
         for rank, code in codes.items():
             by_us = rank in self._killed - self._vanished and code == -signal.SIGKILL
-            if rank != first and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+            if rank != first and code in BY_SIGTERM:
                 self._dead.pop(rank, None)
             elif not by_us:
                 self._dead.setdefault(rank, (code, time.time()))
@@ -304,7 +306,7 @@ class Keeper:
         """The processes are over: tell the other nodes why, where they failed, and stop watching."""
         self._over.set()
         self._thread.join()
-        if self._signal and any(code in (-signal.SIGTERM, 128 + signal.SIGTERM) for code, _ in self._dead.values()):
+        if self._signal and any(code in BY_SIGTERM for code, _ in self._dead.values()):
             os._exit(128 + self._signal)  # they were not training yet: there is nothing to save
         if self._nodes and failed and not self.error:
             self.error = self._nodes.agree(self._own_error(), self._lost())
