@@ -57,11 +57,18 @@ cat layer tool/word.txt made/word.txt >> /output/seen
     assert (folder / "requirements.lock").read_text().count("==") == 1
 
 
+BOTH_STREAMS = """set +x
+for number in $(seq 0 5); do printf "part $number of " >&2; echo a line; done
+false"""
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"environment": {"shell": {"steps": [{"run": "echo so far && ls /none", "only_once": True}]}}},
          ("environment.shell.steps[0]", "so far", "ls: cannot access '/none'")),
+        ({"environment": {"shell": {"steps": [{"run": BOTH_STREAMS, "only_once": True}]}}},
+         tuple(f"part {number} of a line\n" for number in range(6))),
         ({"environment": {"shell": {"steps": [{"run": "sleep 60", "only_once": True, "timeout_sec": 1}]}}},
          ("no end after 1 seconds",)),
         ({"environment": {"shell": {"steps": [{"run": "echo so far && touch /etc/x"}]}}},
@@ -69,7 +76,7 @@ cat layer tool/word.txt made/word.txt >> /output/seen
         ({"download": [{"strategy": "script", "source": "echo begun > part && false", "target": "made"}]},
          ("download[0] (script ", "+ false")),
     ],
-    ids=["a layer", "a slow layer", "a step of a start", "a script"],
+    ids=["a layer", "a layer's two streams", "a slow layer", "a step of a start", "a script"],
 )  # fmt: skip
 def test_a_step_that_fails_says_what_it_said_and_leaves_nothing(project, fields, message):
     ended = project(**fields)
