@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -74,11 +75,15 @@ def _configure(folder: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
+    """Below those that the system hands out: nobody else gets one before the daemon opens it."""
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in taken:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in taken]
+        while len(found) < count:
+            each = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                each.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
+                found.append(each.getsockname()[1])
+    return found
 
 
 @contextlib.contextmanager

@@ -46,8 +46,8 @@ PLAIN = "training.max_steps=24 training.logging_steps=1 limits.cpus=1"
 STEADY = f"{PLAIN} training.per_device_train_batch_size=1 training.gradient_accumulation_steps=8"
 """The same in steps long enough for a command to reach a run of an LLM before its end."""
 PACKED = f"{PLAIN} data.packing=true"
-JOB = "script.arguments.steps=24 limits.cpus=1"
-"""The same of a custom recipe."""
+JOB = "script.arguments.steps=24 script.arguments.batch=512 limits.cpus=1"
+"""The same of a custom recipe, in steps long enough for a signal to reach it."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ class Command:
         return found[0]
 
 
-def kill_now(box: Container) -> None:
-    """SIGKILL to everything in a container: to its first process, for the engine may take longer than what is left."""
+def kill_now(box: Container, number: signal.Signals = signal.SIGKILL) -> None:
+    """A signal to a container's first process, past the engine, which may take longer than what is left of the run."""
     pid = box.attrs["State"]["Pid"]
     if box.id in Path(f"/proc/{pid}/cgroup").read_text():
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     else:  # the engine has a machine of its own
-        box.kill("SIGKILL")
+        box.kill(number.name)
 
 
 def run(*argv: str, root: Path = ROOT, **env: str) -> Ended:

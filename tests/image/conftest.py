@@ -67,9 +67,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], ta
 
     def fetch(name: str, sha256: str) -> tarfile.TarFile:
         folder = tmp_path_factory.mktemp("npm")
-        fetched = shutil.which("npm") and subprocess.run(
-            ["npm", "pack", "--silent", name], cwd=folder, capture_output=True, text=True, check=False
-        )
+        pack = ["npm", "pack", "--silent", "--fetch-retries=5", name]
+        fetched = shutil.which("npm") and subprocess.run(pack, cwd=folder, capture_output=True, text=True, check=False)
         if not fetched or fetched.returncode:
             assert not os.environ.get("CI"), f"npm cannot fetch {name}: {fetched}"
             pytest.skip(f"npm cannot fetch {name}")

@@ -114,7 +114,9 @@ def network() -> contextlib.AbstractContextManager[str]:
 def _untag(registry: str) -> None:
     """This machine's engine forgets the names that its images have there; the images stay."""
     client = docker.from_env()
-    for name in [tag for found in client.images.list() for tag in found.tags if tag.startswith(f"{registry}/")]:
+    # Not client.images, which asks for each image once more: another worker may have removed it meanwhile.
+    names = [tag for found in client.api.images() for tag in found["RepoTags"] or ()]
+    for name in [name for name in names if name.startswith(f"{registry}/")]:
         client.api.remove_image(name)
 
 
@@ -152,7 +154,7 @@ def other_engine(folder: Path) -> Iterator[str]:
             yield url
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=600)
             for mount in reversed([line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]):
                 if mount.startswith(f"{folder}/"):
                     subprocess.run(["umount", "--lazy", mount], check=False)
@@ -198,7 +200,7 @@ SMALL = ("custom-pytorch", "llm-lora", "text-classifier")
 
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not true():
         assert process.poll() is None, "ended"
         assert time.monotonic() < end, "waited in vain"

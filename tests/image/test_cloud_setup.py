@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def machine(image: ImageFacts, network: str, no_archive: list[str]) -> Iterator[
     """The machine that logs in, on that network and with the engine's socket."""
     client = subprocess.run(["which", "docker"], capture_output=True, text=True, check=True).stdout.strip()
     mounts = ["-v", "/var/run/docker.sock:/var/run/docker.sock", "-v", f"{client}:/usr/bin/docker:ro"]
-    name = docker("run", "-d", "--rm", f"--network={network}", *no_archive, *mounts, image.tag, "sleep", "600").strip()
+    argv = ["run", "-d", "--rm", f"--network={network}", *no_archive, *mounts, image.tag, "sleep", "infinity"]
+    name = docker(*argv).strip()
     assert "ready" in docker("exec", name, "bash", "-c", MACHINE)
     yield name
     docker("rm", "--force", name)
@@ -107,7 +109,7 @@ def test_kubernetes_needs_no_package_archive(
     image: ImageFacts, network: str, machine: str, no_archive: list[str]
 ) -> None:
     command, _ = sky("kubernetes_command", key_of(machine))
-    stay = f"{command}\ncat /tmp/apt-ssh-setup.log /tmp/apt-update.log; sleep 600"
+    stay = f"{command}\ncat /tmp/apt-ssh-setup.log /tmp/apt-update.log; sleep infinity"
     argv = [
         "run",
         "-d",
@@ -123,7 +125,11 @@ def test_kubernetes_needs_no_package_archive(
     pod = docker(*argv).strip()
     try:
         assert log_in(machine, pod[:12]) == ["root", "/root"]
-        assert "All required packages already installed" in docker("logs", pod)
+        # Its set-up goes on when the server is there.
+        end = time.monotonic() + 120
+        while "All required packages already installed" not in docker("logs", pod):
+            assert time.monotonic() < end, docker("logs", pod)
+            time.sleep(0.5)
     finally:
         docker("rm", "--force", pod)
 

@@ -165,7 +165,7 @@ def test_samples_are_drawn_before_at_the_way_and_at_the_end_and_the_tracker_has_
     assert len({path.read_bytes() for path in drawn}) == 4
     assert (output / "final/samples.png").read_bytes() == drawn[-1].read_bytes()
     (events,) = (output / "logs/tensorboard").rglob("events*")
-    assert events.read_bytes().count(b"PNG") == 3
+    assert events.read_bytes().count(b"\x89PNG\r\n") == 3
     assert "chelsea on a boat" in (output / "final/README.md").read_text()
 
 

@@ -190,7 +190,8 @@ def test_a_disk_that_others_fill_ends_the_run_with_its_name_and_its_checkpoint(
     file_system: Callable[[str], Path],
 ) -> None:
     output = file_system("size=4m")
-    command = Command(*training("llm-lora", output), output=output)
+    slow = f"{PLAIN} training.gradient_accumulation_steps=16"  # far from its end when the disk is full
+    command = Command(*training("llm-lora", output, slow), output=output)
     command.wait_for_step(5)
     with contextlib.suppress(OSError), (output / "filler").open("wb", buffering=0) as file:
         while True:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from commands import PLAIN, SECRETS, STEADY, Command, Ended, assert_same_run, install, run
+from commands import PLAIN, SECRETS, Command, Ended, assert_same_run, install, run
 
 from trainbox.host import kept, registry
 from trainbox.host.image import ImageFacts
@@ -22,6 +22,8 @@ from trainbox.spec import record
 from trainbox.spec.checkpoint import newest_complete
 
 STANDINS = Path(__file__).with_name("rented")
+SLOW = f"{PLAIN} training.per_device_train_batch_size=1 training.gradient_accumulation_steps=20"
+"""Far from its end when a stop has come all the way."""
 
 
 def launching(output: Path, **changes: str) -> list[str]:
@@ -130,7 +132,7 @@ def test_a_stopped_run_saves_comes_here_and_goes_on_here_as_if_nothing_had_happe
     cloud: Cloud, straight: Callable[..., Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    name = cloud.launch(output, STEADY)
+    name = cloud.launch(output, SLOW)
     waiting = Command("logs", f"--output={output}", output=output, **cloud.env)
     waiting.wait_until(lambda: "saved checkpoint-4" in cloud.inside(name, "cat /tmp/sky-log || true"))
     ended = cloud.invoke("stop", f"--output={output}")
@@ -141,7 +143,7 @@ def test_a_stopped_run_saves_comes_here_and_goes_on_here_as_if_nothing_had_happe
     assert newest_complete(output)[0]
     resumed = cloud.invoke("resume", f"--output={output}", "--gpus=none")
     assert resumed.code == 0, resumed.text
-    assert_same_run(output, straight("llm-qlora", STEADY))
+    assert_same_run(output, straight("llm-qlora", SLOW))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -63,6 +64,8 @@ EPOCH_ENDS = {
     "llm-preference": f"{PLAIN} preference.method=orpo training.per_device_train_batch_size=8 "
     "training.gradient_accumulation_steps=2 training.max_steps=12 training.save_steps=8",
 }
+# Far from its end when a signal arrives.
+SLOW = f"{PLAIN} training.gradient_accumulation_steps=40"
 BY_EPOCH = f"{STEADY} training.save_strategy=epoch training.max_steps=-1 training.num_train_epochs=2"
 
 
@@ -74,15 +77,24 @@ def moment() -> random.Random:
     return random.Random(seed)
 
 
-def kill(command: Command, step: int, delay: float) -> None:
-    """SIGKILL to everything in the container, at some moment after this step."""
+def kill(command: Command, step: int, delay: float) -> bool:
+    """SIGKILL to everything in the container, at some moment after this step; False where it had done all before."""
     box = command.wait_for_container()
     command.wait_for_step(step)
     time.sleep(delay)
-    kill_now(box)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        kill_now(box)
     ended = command.end()
+    if (command.output / "result.json").exists():
+        return False
     assert ended.code == command.code_of(5), ended.text
     ended.says("killed by signal 9", "make resume")
+    return True
+
+
+def some(moment: random.Random, step: int) -> tuple[int, float]:
+    """Somewhere in the time from one checkpoint to the next."""
+    return moment.randint(step, step + 3), moment.uniform(0, 0.1)
 
 
 def resume(output: Path) -> None:
@@ -96,15 +108,15 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "settings", "kills"),
+    ("recipe", "settings", "again"),
     [
-        *[(recipe, PLAIN, 1) for recipe in RECIPES],
-        ("llm-lora", PACKED, 2),
-        ("llm-qlora", UNEVEN, 1),
-        ("llm-lora", PISSA, 1),
-        ("image-classifier", VARIED, 1),
-        ("sdxl-lora", LIVELY, 1),
-        ("flux-lora", QUANTISED, 1),
+        *[(recipe, PLAIN, False) for recipe in RECIPES],
+        ("llm-lora", PACKED, True),
+        ("llm-qlora", UNEVEN, False),
+        ("llm-lora", PISSA, False),
+        ("image-classifier", VARIED, False),
+        ("sdxl-lora", LIVELY, False),
+        ("flux-lora", QUANTISED, False),
     ],
     ids=[
         *RECIPES,
@@ -117,14 +129,14 @@ def test_there_are_recipes() -> None:
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
-    recipe: str, settings: str, kills: int, straight: Callable[..., Path], moment: random.Random, tmp_path: Path
+    recipe: str, settings: str, again: bool, straight: Callable[..., Path], moment: random.Random, tmp_path: Path
 ) -> None:
     reference, output = straight(recipe, settings), tmp_path / "out"
-    command = Command(*training(recipe, output, settings), output=output)
-    for number in range(kills):
-        kill(command, moment.randint(5 + 8 * number, 11 + 8 * number), moment.uniform(0, 0.1))
-        if number + 1 < kills:
-            command = Command("make", "resume", output=output, OUTPUT=str(output))
+    start = training(recipe, output, settings, "--overwrite=1")
+    # The steps of some are so short that a busy machine lets one end before the kill comes.
+    assert any(kill(Command(*start, output=output), *some(moment, 5)) for _ in range(3))
+    if again:
+        assert kill(Command("make", "resume", output=output, OUTPUT=str(output)), *some(moment, 13))
     resume(output)
     assert_same_run(output, reference)
     assert containers(output) == []
@@ -162,7 +174,7 @@ def test_a_signal_saves_the_step_and_resume_ends_the_same(
 
 def test_ctrl_c_of_make_saves_the_step_and_leaves_no_container(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    wanted = {"RECIPE": "llm-full", "PROFILE": "tiny", "OUTPUT": str(output), "SET": STEADY}
+    wanted = {"RECIPE": "llm-full", "PROFILE": "tiny", "OUTPUT": str(output), "SET": SLOW}
     command = Command("make", "train", output=output, **wanted)
     command.wait_for_step(5)
     os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: to make, Python and all below
@@ -181,7 +193,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     command.process.send_signal(signal.SIGTERM)
     log = output / "logs/train.log"
     command.wait_until(lambda: "once more to stop at once" in log.read_text())
-    time.sleep(0.5)  # sooner, the second would be the first one's echo
+    time.sleep(1.5)  # sooner, the second would be the first one's echo
     command.process.send_signal(signal.SIGTERM)
     ended = command.end()
     assert ended.code == 5, ended.text
@@ -195,8 +207,10 @@ def test_a_stop_before_the_first_step_leaves_no_container_and_a_second_process_i
 ) -> None:
     output = tmp_path / "out"
     command = Command(*training("llm-lora", output), output=output)
-    command.wait_for_container()
+    box = command.wait_for_container()
+    box.pause()
     second = run(*training("llm-lora", output, PLAIN, "--overwrite=1"))
+    box.unpause()
     assert second.code == 2
     second.says(str(output), "another process trains into it right now", "OUTPUT=")
     command.process.send_signal(signal.SIGTERM)
@@ -243,8 +257,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_no_step_more(
 
 def test_a_killed_harness_leaves_a_training_that_saves_and_stops(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    slow = f"{PLAIN} training.gradient_accumulation_steps=40"  # far from its end when the signal arrives
-    command = Command(*training("llm-full", output, slow), output=output)
+    command = Command(*training("llm-full", output, SLOW), output=output)
     box = command.wait_for_container()
     command.wait_for_step(2)
     command.process.kill()
@@ -278,7 +291,7 @@ def interrupted(
     change_source(it.root, f"an image of its own, that may be removed: {os.getpid()}")
     shutil.copy(ROOT / "recipes/llm-lora/sample/train.jsonl", it.data)
     shutil.copytree(RunSpec.read(straight("llm-lora") / "spec.json").model.reference, it.model)
-    arguments = training("llm-lora", it.output, PLAIN, f"--data={it.data}", f"--model={it.model}")
+    arguments = training("llm-lora", it.output, STEADY, f"--data={it.data}", f"--model={it.model}")
     command = Command(*arguments, output=it.output, root=it.root)
     command.wait_for_step(5)
     command.process.terminate()

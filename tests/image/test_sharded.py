@@ -17,7 +17,7 @@ SHARDED = f"{TWO} distributed.strategy=fsdp"
 LAYOUT = "optimizer.pt: optimizer/data.pkl"
 # Rows that are packed, layers that are computed again, answers before and after: all of it gathers weights.
 LIVELY = (
-    f"{ALIKE} data.packing=true training.gradient_checkpointing=true {SHARDED} "
+    f"{ALIKE} training.max_steps=16 data.packing=true training.gradient_checkpointing=true {SHARDED} "
     """sample.prompts='["two and two"]' sample.max_new_tokens=4"""
 )
 LOADS = """

@@ -53,7 +53,7 @@ def test_two_nodes_train_one_is_killed_and_the_requeued_job_ends_in_the_same_bit
 ) -> None:
     output = tmp_path / "out"
     job = launch(output, NODES, slurm)
-    wait_for(output / "checkpoint-8")
+    wait_for(output / "checkpoint-4")
     shell.run(["docker", "kill", "--signal=KILL", f"trainbox-{job}-1"])
     said = run("make", "logs", OUTPUT=str(output), **slurm)
     said.says("2 nodes x 1 process", "exit code 137: requeued", "going on from checkpoint-", "saved final")

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import LOADED, Command, containers, metrics, run, tensors, training
+from commands import LOADED, Command, kill_now, metrics, run, tensors, training
 
 from trainbox.spec.checkpoint import fault_of
 from trainbox.spec.recipe.other_trainer import OtherTrainerRecipe
@@ -57,9 +57,9 @@ def whole(standin, tmp_path_factory):
 def interrupted(recipe, output, settings, how):
     """A run that a signal ends after its first checkpoint, and what the person saw."""
     command = Command(*training(recipe, output, settings), output=output)
-    command.wait_until(lambda: (output / "checkpoint-4" / "trainbox.json").exists())
-    (container,) = containers(output)
-    container.kill(how)
+    box = command.wait_for_container()
+    command.wait_until(lambda: any(output.glob("checkpoint-*/trainbox.json")))
+    kill_now(box, how)
     return command.end()
 
 
@@ -87,7 +87,7 @@ def check_left(output, recipe):
 
 def test_sd_scripts_killed_and_resumed_makes_the_same_bits(whole, standin, tmp_path):
     output = tmp_path / "output"
-    assert interrupted("sdxl-lora-kohya", output, standin("sdxl-lora-kohya"), "SIGKILL").code != 0
+    assert interrupted("sdxl-lora-kohya", output, standin("sdxl-lora-kohya"), signal.SIGKILL).code != 0
     ended = run("resume", f"--output={output}")
     assert ended.code == 0, ended.text
     ended.says("going on from checkpoint-", "--skip_until_initial_step --initial_step=")

@@ -62,7 +62,6 @@ def run_child(
     try:
         while process.poll() is None:
             lines.read(TICK)
-            on_tick()
             interrupt.check_budget()
             if interrupt.asked and stop_by == math.inf:
                 stop_by = time.monotonic() + grace
@@ -71,6 +70,7 @@ def run_child(
                 emit("warn", text=f"the job did not end within {grace:g} seconds: it is killed")
                 _kill_group(process)
                 process.wait()
+            on_tick()  # last, for it may take a while: a checkpoint is written out
     finally:
         _kill_group(process)
         process.wait()

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from trainbox.container.interrupt import ECHO
 from trainbox.container.job import GRACE as GRACE_OF_SCRIPTS
 from trainbox.container.job import bound_to_us
 from trainbox.container.notices import is_echo
@@ -37,14 +38,14 @@ LOOK = 0.2
 """Seconds between two looks at the processes."""
 GRACE = 5.0
 """Seconds that the others have to end by themselves once one is dead: there is nothing left for them to do."""
+WORD = 20.0
+"""Seconds that a node waits for the word of one that knows more."""
 MEETING = 900
 """Seconds that the nodes wait for one another at the start."""
 SILENCE = 60.0
 """Seconds without a sign of life after which a node counts as gone."""
 BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit codes of a process that SIGTERM ended: at once, or by its own exit."""
-ECHO = 0.2
-"""Seconds in which a second signal is the first one's echo."""
 
 
 # The world
@@ -479,7 +480,7 @@ class Nodes:
                 return None
             if lost:
                 store.set(f"lost/{node()}", "1")
-            end = time.monotonic() + 10
+            end = time.monotonic() + WORD
             while time.monotonic() < end:
                 self._learn_of_checkpoints(store)  # there may be one since the last look
                 if error := self._told(store):

@@ -28,7 +28,8 @@ def emit(event: str, **fields: Any) -> None:
     full = {"event": event, **fields}
     line = encode(full) if _FOR_HARNESS else to_text(full)
     if line:
-        print(line, file=sys.stdout, flush=True)  # noqa: T201
+        sys.stdout.write(f"{line}\n")  # in one piece: print writes two, and what others say would come between
+        sys.stdout.flush()
 
 
 class Progress:

@@ -29,7 +29,9 @@ class Metrics:
         if self._file.exists():
             lines = self._file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_in(line) <= step and step]
-            self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            aside = self._file.with_name(f".{self._file.name}.tmp")
+            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            aside.replace(self._file)
 
     def lines(self) -> list[dict[str, Any]]:
         """What is in it."""

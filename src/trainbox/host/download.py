@@ -486,9 +486,12 @@ def staged(folder: Path) -> Path:
 def publish(aside: Path, folder: Path, facts: dict[str, Any]) -> Path:
     """Give a filled folder its name; `facts` say what it is and make it count as complete."""
     write_json(aside / FACTS, {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
-    if (folder / FACTS).exists():  # another process was quicker, and may be using it already
-        shutil.rmtree(aside)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    try:
         aside.rename(folder)
+    except OSError:  # there is one
+        if (folder / FACTS).exists():  # another process was quicker, and may be using it already
+            shutil.rmtree(aside)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
     return folder

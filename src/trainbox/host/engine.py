@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ from trainbox.host.local import Local
 
 __all__ = ["Box", "Docker", "Finished", "Local", "Mount", "pick", "start"]
 
+PATIENCE = 600
+"""Seconds that an engine may take to answer: its disk may be busy with gigabytes of another image."""
+KILLED = 137
+"""Exit code of what SIGKILL ended."""
 DOCKER_FAILED = 125
 """Exit code of `docker run` when it, not the command in the container, is at fault."""
 
@@ -70,12 +75,14 @@ def connect() -> tuple[Any, str]:
     """A client of the engine that DOCKER_HOST or the current docker context names; or None and why not."""
     import docker
     from docker.errors import DockerException
+    from requests.exceptions import RequestException
 
     address = daemon.address()
     try:
         client = docker.DockerClient(base_url=address, timeout=60) if address else docker.from_env(timeout=60)
         client.ping()
-    except DockerException as error:
+        client.api.timeout = PATIENCE
+    except (DockerException, RequestException) as error:
         where = address or os.environ.get("DOCKER_HOST") or "the default socket"
         denied = "PermissionError" in str(error) or "Permission denied" in str(error)
         return None, f"no container engine answers at {where}" + (
@@ -207,7 +214,7 @@ class Docker:
         tag = "trainbox/probe"
         argv = [*client, "build", "--tag", tag, "-"]
         dockerfile = "FROM scratch\nLABEL org.trainbox=probe\n"
-        done = shell.run(argv, check=False, env={"DOCKER_BUILDKIT": "1"}, stdin=dockerfile, timeout=60)
+        done = shell.run(argv, check=False, env={"DOCKER_BUILDKIT": "1"}, stdin=dockerfile, timeout=PATIENCE)
         if done.returncode == 0:
             with contextlib.suppress(DockerException):  # another process's probe has the same name
                 self.client.api.remove_image(tag, force=True)
@@ -228,8 +235,15 @@ class Docker:
             return {"Status": "created"}
         if wait and self.client.api.inspect_container(container)["State"]["Status"] != "created":
             self.client.api.wait(container, timeout=None)
-        state: dict[str, Any] = self.client.api.inspect_container(container)["State"]
-        return state
+        late = time.monotonic() + 1
+        while True:
+            found = self.client.api.inspect_container(container)
+            state: dict[str, Any] = found["State"]
+            # The engine may hear of the end before it hears that it was for want of memory.
+            limited = bool(found["HostConfig"]["Memory"]) and state["ExitCode"] == KILLED
+            if not limited or state.get("OOMKilled") or time.monotonic() > late:
+                return state
+            time.sleep(0.1)
 
     def _remove(self, container: str) -> None:
         from docker.errors import DockerException

@@ -165,7 +165,9 @@ def pin_root(docker: Docker) -> str | None:
     digest = docker.registry_digest(pins["root"]["image"])
     if digest and digest != pins["root"]["digest"]:
         old, new = (f'"digest": "{value}"' for value in (pins["root"]["digest"], digest))
-        _pins_file().write_text(_pins_file().read_text().replace(old, new, 1))
+        aside = _pins_file().with_suffix(f".{os.getpid()}.tmp")  # another process may be reading it
+        aside.write_text(_pins_file().read_text().replace(old, new, 1))
+        aside.replace(_pins_file())
     return digest
 
 

@@ -529,9 +529,10 @@ POLL = 5
 def _wait_for_record(name: str) -> None:
     """Until the run has said how it ended, or was killed."""
     end = time.monotonic() + GRACE
+    said = f"test -e {BOX_OUTPUT}/{record.RESULT} && ! test -e {BOX_OUTPUT}/{record.BEGUN}"  # written first, gone last
     with ui.Progress("waiting for the run to save") as progress:
         while time.monotonic() < end:
-            if shell.run(["ssh", name, f"test -e {BOX_OUTPUT}/{record.RESULT}"], check=False).returncode == 0:
+            if shell.run(["ssh", name, said], check=False).returncode == 0:
                 return
             progress.update()
             time.sleep(1)

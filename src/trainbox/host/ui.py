@@ -166,7 +166,7 @@ class _Lines:
 
     def _speak(self) -> None:
         started = spoken = time.monotonic()
-        said = self._line
+        said = self._title
         while not self._stopped.wait(PLAIN_SECONDS):
             now = time.monotonic()
             if self._line != said or now - spoken >= QUIET_SECONDS:

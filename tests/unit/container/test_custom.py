@@ -95,12 +95,11 @@ def test_a_stop_is_told_with_its_checkpoint_and_the_run_goes_on_there(train, box
 
 
 def test_a_used_up_budget_stops_the_script_and_says_so(train):
-    script = "import time\n" + HELPED.replace("HALT", "0").replace(
-        "job.metrics(step,", "time.sleep(0.2)\n    job.metrics(step,"
-    )
+    listening = "import time\nfrom trainbox import job\njob.stopping()\n"
+    slow = HELPED.replace("HALT", "0").replace("job.metrics(step,", "time.sleep(0.2)\n    job.metrics(step,")
     with pytest.raises(Interrupted, match=r"the budget of 2 h is reached: stopped, checkpoint-\d is saved") as caught:
         train(
-            script.replace("range(state + 1, 7)", "range(state + 1, 500)"),
+            listening + slow.replace("range(state + 1, 7)", "range(state + 1, 500)"),
             allowed=Allowance(1.5, "budget.max_hours", 2),
         )
     assert caught.value.place == "budget.max_hours"

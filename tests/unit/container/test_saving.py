@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainbox.container import distributed
-from trainbox.container.saving import saving
+from trainbox.container.saving import Metrics, saving
 from trainbox.errors import ConfigError, TrainingError
 
 
@@ -23,6 +23,17 @@ def test_a_full_disk_is_told_with_the_checkpoint_that_is_kept(tmp_path: Path) ->
     assert isinstance(told, TrainingError)
     assert (told.fault, told.__cause__) == ("the disk is full while saving checkpoint-4", full)
     assert "checkpoint-2" in told.remedy
+
+
+def test_figures_are_dropped_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINBOX_ROOT", str(tmp_path))
+    (tmp_path / "output").mkdir()
+    file = tmp_path / "output/metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step"')
+    with file.open() as meanwhile:
+        Metrics().begin(1)
+        assert meanwhile.read() == '{"step": 1}\n{"step": 2}\n{"step"'  # a kill in between would leave this
+    assert file.read_text() == '{"step": 1}\n'
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault of ours"), ConfigError("a fault of the person's")])

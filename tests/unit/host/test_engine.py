@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import sys
@@ -74,10 +75,15 @@ def test_a_chat_gets_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def runs(
-    monkeypatch: pytest.MonkeyPatch, *, code: int, lines: tuple[str, ...] = (), state: dict[str, Any] | None = None
-):  # type: ignore[no-untyped-def]
-    """A Docker whose `docker run` ends so; `seen` gets its line, the secrets file and what was removed."""
+    monkeypatch: pytest.MonkeyPatch, *, code: int, lines: tuple[str, ...] = (), state: dict[str, Any] | None = None,
+    later: dict[str, Any] | None = None, memory: int = 0,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """A Docker whose `docker run` ends so; `seen` gets its line, the secrets file and what was removed.
+
+    `later` is what it knows of the state when it is asked for the fourth time.
+    """
     seen: dict[str, Any] = {}
+    asked = itertools.count(1)
 
     def stream(argv: list[str], on_line: Any) -> int:
         folder = Path(argv[argv.index("--cidfile") + 1]).parent
@@ -92,7 +98,10 @@ def runs(
     monkeypatch.setattr(shell, "stream", stream)
     found = docker(
         prune_containers=lambda filters: None,
-        inspect_container=lambda name: {"State": state},
+        inspect_container=lambda name: {
+            "State": later if later and next(asked) > 3 else state,
+            "HostConfig": {"Memory": memory},
+        },
         wait=lambda name, timeout: None,
         remove_container=lambda name, **flags: seen.update(removed=(name, flags)),
     )
@@ -118,6 +127,14 @@ def test_a_secret_of_two_lines_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_engine_tells_of_an_out_of_memory_kill(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = runs(monkeypatch, code=137, state={"Status": "exited", "ExitCode": 137, "OOMKilled": True})
     assert found.run(Box("i", ())) == engine.Finished(137, oom_killed=True)
+
+
+def test_an_out_of_memory_kill_that_the_engine_learns_of_late_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed, known = ({"Status": "exited", "ExitCode": 137, "OOMKilled": late} for late in (False, True))
+    found, _ = runs(monkeypatch, code=137, state=killed, later=known, memory=2**20)
+    assert found.run(Box("i", ())) == engine.Finished(137, oom_killed=True)
+    found, _ = runs(monkeypatch, code=137, state=killed, memory=2**20)
+    assert found.run(Box("i", ())) == engine.Finished(137, oom_killed=False)
 
 
 def test_a_container_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
