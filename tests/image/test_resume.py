@@ -32,6 +32,7 @@ from commands import (
 )
 
 from trainbox.host.engine import Docker
+from trainbox.spec import record
 from trainbox.spec.checkpoint import SEAL, newest_complete
 from trainbox.spec.run import RunSpec
 
@@ -85,7 +86,7 @@ def kill(command: Command, step: int, delay: float) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         kill_now(box)
     ended = command.end()
-    if (command.output / "result.json").exists():
+    if record.finished(command.output):
         return False
     assert ended.code == command.code_of(5), ended.text
     ended.says("killed by signal 9", "make resume")
@@ -186,9 +187,11 @@ def test_ctrl_c_of_make_saves_the_step_and_leaves_no_container(tmp_path: Path) -
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    # A step of many passes, long enough for both signals.
+    # A step of many passes, long enough for both signals; no step goes beyond an epoch.
     slow = "training.gradient_accumulation_steps=600 training.logging_steps=1 limits.cpus=1 training.max_steps=4"
-    command = Command(*training("llm-lora", output, slow), output=output)
+    data = tmp_path / "data.jsonl"
+    data.write_text((ROOT / "recipes/llm-lora/sample/train.jsonl").read_text() * 30)
+    command = Command(*training("llm-lora", output, slow, f"--data={data}"), output=output)
     command.wait_for_step(1)
     command.process.send_signal(signal.SIGTERM)
     log = output / "logs/train.log"
