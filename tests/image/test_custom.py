@@ -204,3 +204,26 @@ def test_jax_finds_each_cuda_library_of_the_base_at_least_as_new_as_it_was_built
     found = json.loads(inside(engine, straight("custom-jax", JOB), tmp_path / "out", VERSIONS))
     assert {"cublas", "cudnn", "cufft", "cupti", "cusolver", "cusparse"} <= found.keys()
     assert {name: versions for name, versions in found.items() if versions[0] > versions[1]} == {}
+
+
+# What XLA does with what it makes for a GPU, which takes none: https://docs.nvidia.com/cuda/parallel-thread-execution
+ASSEMBLED = """
+import pathlib, subprocess
+from jax._src.lib import cuda_path
+def tool(name, *options):
+    subprocess.run([pathlib.Path(cuda_path, "bin", name), *options], check=True, cwd="/tmp")
+pathlib.Path("/tmp/a.ptx").write_text(".version 8.0 .target sm_90 .address_size 64 .visible .entry empty() { ret; }")
+tool("ptxas", "--compile-only", "--gpu-name=sm_90", "a.ptx", "--output-file=a.o")
+tool("nvlink", "--arch=sm_90", "a.o", "--output-file=a.cubin")
+tool("fatbinary", "--64", "--image3=kind=elf,sm=90,file=a.cubin", "--create=a.fatbin")
+for file in ("/tmp/a.fatbin", cuda_path + "/nvvm/libdevice/libdevice.10.bc"):
+    print(pathlib.Path(file).stat().st_size)
+"""
+
+
+def test_what_xla_calls_of_nvidia_s_compiler_is_there_and_assembles(
+    engine: Docker, straight: Callable[..., Path], tmp_path: Path
+) -> None:
+    made, library = inside(engine, straight("custom-jax", JOB), tmp_path / "out", ASSEMBLED).split()
+    assert int(made) > 500
+    assert int(library) > 100_000

@@ -12,7 +12,7 @@ from typing import Self, TextIO
 from trainbox.errors import KINDS, HardwareError, TrainingError
 from trainbox.host import ui
 from trainbox.host.box import Finished
-from trainbox.spec.events import Event, decode, metrics_text, to_text
+from trainbox.spec.events import MARK, Event, decode, metrics_text, to_text
 
 
 class Watcher:
@@ -43,8 +43,11 @@ class Watcher:
                 self._log.close()
 
     def on_line(self, line: str) -> None:
-        """Take one line of the box."""
-        event = decode(line)
+        """Take one line of the box: an event, or a library's, or both, where an event came into a line not ended."""
+        begun, mark, rest = line.partition(MARK)
+        event = decode(mark + rest)
+        if event and begun:
+            self.on_line(begun)
         text = self._planned(event) if event and event["event"] == "facts" else to_text(event) if event else line
         if self._log and text:
             with contextlib.suppress(OSError):  # a full disk is the box's to tell

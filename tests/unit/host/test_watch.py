@@ -31,6 +31,15 @@ def test_the_boxs_error_is_raised_as_its_own_kind(kind, error):
         watcher.raise_for(Finished(error.exit_code, oom_killed=False))
 
 
+def test_an_event_is_heard_behind_a_line_that_a_library_began(tmp_path):
+    error = {"event": "error", "kind": "config", "place": "lora", "fault": "is wrong", "remedy": "mend it"}
+    with Watcher(tmp_path / "train.log") as watcher:
+        feed(watcher, "Loading: 50%" + encode(error))
+    with pytest.raises(ConfigError, match="lora: is wrong"):
+        watcher.raise_for(Finished(2, oom_killed=False))
+    assert (tmp_path / "train.log").read_text().splitlines()[:2] == ["Loading: 50%", "error: lora: is wrong"]
+
+
 def test_an_out_of_memory_kill_is_a_hardware_error_with_remedies():
     with pytest.raises(HardwareError, match="out of memory") as caught:
         Watcher().raise_for(Finished(137, oom_killed=True))
