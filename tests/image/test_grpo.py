@@ -23,7 +23,7 @@ def test_a_tiny_model_learns_to_earn_its_reward(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out/run.json").read_text())
     print(f"reward {first:.2f} -> {found['metrics']['eval_reward']:.2f}")
     assert first < 0.3
-    assert found["metrics"]["eval_reward"] > 0.6
+    assert found["metrics"]["eval_reward"] > 0.8
     assert [set(each["rewards"]) for each in found["evaluation"]["examples"]] == [{"regex"}] * 4
 
 

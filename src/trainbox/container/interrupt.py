@@ -13,12 +13,6 @@ from trainbox.container.report import emit
 from trainbox.errors import Interrupted
 from trainbox.spec.budget import Allowance, raised
 
-ECHO = 1.0
-"""Seconds in which a second signal is the first one's echo: a killed harness with threads makes the kernel send two.
-
-The engine's client hands on one after the other, and a busy engine takes a while for each.
-"""
-
 STOPPING = "stopping: finishing this step and saving (once more to stop at once)"
 
 
@@ -44,7 +38,7 @@ class Interrupt:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and (time.monotonic() - self._asked_at < ECHO or is_echo(number)):
+        if self.asked and is_echo(number, self._asked_at):
             return
         if self.asked or not self.training:
             self.at_once()

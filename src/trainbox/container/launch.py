@@ -19,7 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from trainbox.container.interrupt import ECHO
 from trainbox.container.job import GRACE as GRACE_OF_SCRIPTS
 from trainbox.container.job import bound_to_us
 from trainbox.container.notices import is_echo
@@ -396,7 +395,7 @@ class Keeper:
                     os.killpg(pid, signal.SIGKILL)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self._asked_at is not None and (time.monotonic() - self._asked_at < ECHO or is_echo(number)):
+        if self._asked_at is not None and is_echo(number, self._asked_at):
             return
         if self._asked_at is not None or not self._pids():
             self._kill()

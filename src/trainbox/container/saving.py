@@ -14,7 +14,7 @@ from typing import Any
 from trainbox.container.report import emit
 from trainbox.errors import TrainboxError, TrainingError
 from trainbox.spec.checkpoint import all_checkpoints, publish, step_of
-from trainbox.spec.run import BOX_OUTPUT, box
+from trainbox.spec.run import BOX_OUTPUT, box, write_text
 
 
 class Metrics:
@@ -29,9 +29,7 @@ class Metrics:
         if self._file.exists():
             lines = self._file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_in(line) <= step and step]
-            aside = self._file.with_name(f".{self._file.name}.tmp")
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            aside.replace(self._file)
+            write_text(self._file, "".join(f"{line}\n" for line in kept))
 
     def lines(self) -> list[dict[str, Any]]:
         """What is in it."""

@@ -36,6 +36,10 @@ class Box:
     """Shared memory for the data loaders' batches; a tmpfs, so only what is used counts."""
 
 
+KILLED = 137
+"""Exit code of what SIGKILL ended."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """How a run ended; 128 + n after signal n."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from trainbox.errors import ConfigError, EngineError, HardwareError
 from trainbox.host import daemon, shell, ui
-from trainbox.host.box import Box, Finished, Mount
+from trainbox.host.box import KILLED, Box, Finished, Mount
 from trainbox.host.environment import Environment
 from trainbox.host.image import NONE, ImageFacts
 from trainbox.host.image import ensure as ensure_image
@@ -25,8 +25,6 @@ __all__ = ["Box", "Docker", "Finished", "Local", "Mount", "pick", "start"]
 
 PATIENCE = 600
 """Seconds that an engine may take to answer: its disk may be busy with gigabytes of another image."""
-KILLED = 137
-"""Exit code of what SIGKILL ended."""
 DOCKER_FAILED = 125
 """Exit code of `docker run` when it, not the command in the container, is at fault."""
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from trainbox.errors import ConfigError, EngineError
 from trainbox.host import paths, shell, ui
 from trainbox.host.environment import Environment
-from trainbox.spec.run import SETUP
+from trainbox.spec.run import SETUP, write_text
 
 if TYPE_CHECKING:
     from trainbox.host.engine import Docker
@@ -165,9 +165,7 @@ def pin_root(docker: Docker) -> str | None:
     digest = docker.registry_digest(pins["root"]["image"])
     if digest and digest != pins["root"]["digest"]:
         old, new = (f'"digest": "{value}"' for value in (pins["root"]["digest"], digest))
-        aside = _pins_file().with_suffix(f".{os.getpid()}.tmp")  # another process may be reading it
-        aside.write_text(_pins_file().read_text().replace(old, new, 1))
-        aside.replace(_pins_file())
+        write_text(_pins_file(), _pins_file().read_text().replace(old, new, 1))  # another process may be reading it
     return digest
 
 

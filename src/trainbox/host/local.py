@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainbox.host import paths, shell, ui
-from trainbox.host.box import SECRETS, Box, Finished, Mount
+from trainbox.host.box import KILLED, SECRETS, Box, Finished, Mount
 from trainbox.host.environment import Environment
 from trainbox.host.image import NONE, PYTHON, ImageFacts, hash_locks
 from trainbox.spec.run import BOX_JOB, BOX_WORKSPACE
@@ -61,7 +61,7 @@ class Local:
             # `env -u` since the secrets of this process are not for every step.
             argv = ["env", *(f"-u{name}" for name in SECRETS if name not in box.secrets), *self.argv(box)]
             code = shell.attach(argv, env=env) if box.interactive else shell.stream(argv, on_line, env=env)
-        return Finished(code, code == 137 and _oom_kills() > kills)
+        return Finished(code, code == KILLED and _oom_kills() > kills)
 
 
 def _holds(venv: Path, locks: list[Path]) -> bool:

@@ -174,12 +174,16 @@ def hash_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside, sync and rename: a reader sees the old file or the new one, never half."""
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, sync and rename: a reader sees the old file or the new one, never half."""
     # Its own name: another process may write the same file, in the cache that all share.
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

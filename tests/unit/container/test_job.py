@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainbox.container import interrupt, job
+from trainbox.container import job, notices
 from trainbox.spec.events import decode
 
 PACKAGE = str(Path(job.__file__).parents[2])
@@ -166,7 +166,7 @@ def test_a_second_signal_ends_runner_and_job_at_once():
     process, pid = start_runner()
     process.terminate()
     assert "once more to stop at once" in decode(process.stdout.readline())["text"]
-    time.sleep(interrupt.ECHO * 1.5)
+    time.sleep(notices.ECHO * 1.5)
     process.terminate()
     assert process.wait(timeout=10) == 128 + signal.SIGTERM
     process.stdout.close()

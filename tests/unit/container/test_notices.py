@@ -135,7 +135,7 @@ def test_an_unknown_notice_is_refused() -> None:
 
 def test_the_machine_s_own_sigterm_after_a_notice_is_no_wish_to_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(interrupt, "ECHO", 0)
+    monkeypatch.setattr(notices, "ECHO", 0)
     monkeypatch.setattr(interrupt.os, "_exit", sys.exit)
     asked = interrupt.Interrupt()
     asked.training = True
